@@ -1,0 +1,281 @@
+"""The public functions: they check, insert dimensions and bind."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jax_ragged.lowering import reference
+from jax_ragged.lowering._compat import pcast_to_varying, varying_axes
+from jax_ragged.lowering.params import (
+    DEFAULT_MASK_VALUE,
+    Implementation,
+    RaggedAttentionParams,
+)
+from jax_ragged.primitives import ragged_attention_p
+
+
+class RaggedAttention(NamedTuple):
+    """The results of ragged attention.
+
+    Attributes:
+      out: [B, (Q,) Hq, Dv] in the dtype of query: the normalised attention output.
+      max_logits: [B, (Q,) Hq] in float32 (float64 for float64): the largest logit of the window,
+        `mask_value` for an empty one.
+      denominator: as max_logits: the sum of `exp(logit - max_logits)` over the window.
+    """
+
+    out: jax.Array
+    max_logits: jax.Array
+    denominator: jax.Array
+
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def _either(*shapes: tuple[int, ...]) -> str:
+    return " or ".join(dict.fromkeys(map(str, shapes)))
+
+
+def _check(query: Any, key: Any, value: Any, lengths: Any, starts: Any) -> None:
+    """Raises for the first argument that is not as the docstring of ragged_attention says."""
+    arrays = {"query": query, "key": key, "value": value, "lengths": lengths}
+    if starts is not None:
+        arrays["starts"] = starts
+    for name in ("query", "key", "value"):
+        if str(arrays[name].dtype) not in _FLOATS:
+            raise TypeError(
+                f"ragged_attention: {name} must be one of {', '.join(_FLOATS)}; "
+                f"got {arrays[name].dtype}. Cast it with .astype."
+            )
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            "ragged_attention: query, key and value must have one dtype; "
+            f"got {query.dtype}, {key.dtype} and {value.dtype}. "
+            "Cast query to the dtype of the cache: casting the cache copies it."
+        )
+    for name in ("lengths", "starts"):
+        if name in arrays and not jnp.issubdtype(arrays[name].dtype, jnp.integer):
+            raise TypeError(
+                f"ragged_attention: {name} must have an integer dtype; got {arrays[name].dtype}. "
+                f"Pass positions of the cache, {name}.astype(jnp.int32)."
+            )
+    if query.ndim not in (3, 4):
+        raise ValueError(
+            "ragged_attention: query must have shape [B, Hq, D] or [B, Q, Hq, D]; "
+            f"got {query.shape}. Map further dimensions with jax.vmap."
+        )
+    for name, letters in (("key", "[B, S, Hkv, D]"), ("value", "[B, S, Hkv, Dv]")):
+        if arrays[name].ndim != 4:
+            raise ValueError(
+                f"ragged_attention: {name} must have shape {letters}; got {arrays[name].shape}. "
+                "Map further dimensions with jax.vmap."
+            )
+    B, D = query.shape[0], query.shape[-1]
+    if key.shape[0] != B or key.shape[3] != D:
+        raise ValueError(
+            "ragged_attention: key must have shape [B, S, Hkv, D] with B and D of query; "
+            f"got key {key.shape} for query {query.shape}."
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "ragged_attention: value must have shape [B, S, Hkv, Dv] with B, S and Hkv of key; "
+            f"got value {value.shape} for key {key.shape}."
+        )
+    Hq, Hkv = query.shape[-2], key.shape[2]
+    if Hkv == 0 or Hq % Hkv != 0:
+        raise ValueError(
+            "ragged_attention: the heads of query must be a multiple of those of key; "
+            f"got Hq = {Hq} for Hkv = {Hkv}."
+        )
+    rows = query.shape[:-2]
+    for name in ("lengths", "starts"):
+        if name in arrays and arrays[name].shape not in (rows, rows[:1]):
+            raise ValueError(
+                f"ragged_attention: {name} must have shape {_either(rows[:1], rows)}, "
+                f"one window a row or a query; got {arrays[name].shape} for query {query.shape}."
+            )
+
+
+def _window_bound(x: jax.Array, rank: int) -> jax.Array:
+    """Casts to int32 [B] or [B, 1 or Q]; what int32 cannot hold is out of range and saturates."""
+    limits = np.iinfo(np.int32)
+    held = np.iinfo(x.dtype)
+    if held.min < limits.min or held.max > limits.max:
+        low, high = max(held.min, limits.min), min(held.max, limits.max)
+        x = jnp.clip(x, np.array(low, x.dtype), np.array(high, x.dtype))
+    x = x.astype(jnp.int32)
+    return x if x.ndim == rank else jnp.expand_dims(x, 1)
+
+
+def _operands(
+    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, starts: Any
+) -> tuple[jax.Array, ...]:
+    """The canonical operands: checked, with a 1 where a row's queries share its cache."""
+    _check(query, key, value, lengths, starts)
+    rank = query.ndim - 2
+    if starts is None:
+        starts = jnp.zeros((1,) * rank, jnp.int32)
+    if rank == 2:
+        key, value = jnp.expand_dims(key, 1), jnp.expand_dims(value, 1)
+    operands = (query, key, value, _window_bound(lengths, rank), _window_bound(starts, rank))
+    varying = frozenset[str]().union(*map(varying_axes, operands))
+    return tuple(pcast_to_varying(x, varying) for x in operands)
+
+
+# inline: in a jaxpr the equation stands by itself. jit: an eager call is one cached program,
+# with no copy of the cache for the inserted dimension.
+@functools.partial(jax.jit, static_argnames="params", inline=True)
+def _ragged_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    starts: jax.Array | None,
+    *,
+    params: RaggedAttentionParams,
+) -> RaggedAttention:
+    operands = _operands(query, key, value, lengths, starts)
+    return RaggedAttention(*ragged_attention_p.bind(*operands, params=params))
+
+
+@functools.partial(jax.jit, static_argnames="params", inline=True)
+def _reference_ragged_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    starts: jax.Array | None,
+    *,
+    params: RaggedAttentionParams,
+) -> RaggedAttention:
+    _check(query, key, value, lengths, starts)
+    rows = query.shape[:-2]
+    rank = len(rows)
+    if starts is None:
+        starts = jnp.zeros_like(lengths)
+    lengths, starts = (jnp.broadcast_to(_window_bound(x, rank), rows) for x in (lengths, starts))
+    if rank == 1:
+        query, lengths, starts = query[:, None], lengths[:, None], starts[:, None]
+    valid = reference.window_mask(lengths, starts, key.shape[1])
+    results = reference.forward(
+        query,
+        reference.zero_outside(key, valid),
+        reference.zero_outside(value, valid),
+        lengths,
+        starts,
+        params=params,
+    )
+    return RaggedAttention(*(x[:, 0] if rank == 1 else x for x in results))
+
+
+def _require_arrays(**arrays: Any) -> None:
+    for name, x in arrays.items():
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise TypeError(
+                f"ragged_attention: {name} must be a jax.Array or numpy.ndarray; "
+                f"got {type(x).__name__}. Convert it with jnp.asarray."
+            )
+
+
+def ragged_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    starts: jax.Array | None = None,
+    *,
+    softmax_scale: float = 1.0,
+    logits_soft_cap: float | None = None,
+    block_size: int | None = None,
+    mask_value: float = DEFAULT_MASK_VALUE,
+    implementation: Implementation | None = None,
+    partition: PartitionSpec | None = None,
+) -> RaggedAttention:
+    """Attention of every row of a batch to its own window of a key/value cache.
+
+    The window of a row is `max(starts, 0) <= t < min(lengths, S)`. Over it,
+
+        logit_t = softmax_scale * <query, key_t>, then cap * tanh(logit_t / cap) with a soft cap,
+        out = sum_t softmax(logit)_t value_t.
+
+    An empty window gives `out = 0`, `max_logits = mask_value`, `denominator = 0`. What lies
+    outside of every window is not used: NaN there changes nothing. Query head h attends to
+    key head `h // (Hq // Hkv)`: MHA is `Hq == Hkv`, MQA is `Hkv == 1`, GQA all between.
+    Products accumulate in float32 (float64 for float64).
+
+    It binds one equation of `jax_ragged.primitives.ragged_attention_p`, which has every rule of
+    JAX: jit, vmap, grad, shard_map and export compose.
+
+    Args:
+      query: [B, Hq, D], or [B, Q, Hq, D] for Q query tokens a row, in float32, bfloat16,
+        float16 or (with x64 enabled) float64.
+      key: [B, S, Hkv, D] in the dtype of query, the cache; Hq is a multiple of Hkv.
+      value: [B, S, Hkv, Dv] in the dtype of query; Dv may differ from D.
+      lengths: integers [B] or [B, Q]: the end of the window, exclusive, in positions of the
+        cache; [B] with Q queries is one window for all of them.
+      starts: integers as lengths: the first position of the window; None is 0.
+      softmax_scale: factor of the logits; no scale is applied unless given.
+      logits_soft_cap: c > 0 of the soft cap, or None for none.
+      block_size: positions of the cache that a kernel reads at a time; None lets the lowering
+        choose. It changes speed, not the answer, and need not divide S.
+      mask_value: `max_logits` of an empty window.
+      implementation: "reference" or "kernel" forces one; None takes the kernel of the platform
+        where it has one for the call.
+      partition: mesh axes of (B, [Q,] heads) under jit on a mesh of automatic axes, where a
+        kernel cannot be partitioned by the compiler.
+
+    Returns:
+      The named tuple `RaggedAttention(out, max_logits, denominator)`.
+
+    Raises:
+      TypeError, ValueError: while tracing, for an argument that is not as said above.
+      NotImplementedError: while lowering, where `implementation="kernel"` cannot be honoured.
+
+    The streaming softmax of the kernels is that of Milakov and Gimelshein, "Online normalizer
+    calculation for softmax" (2018), over blocks as in FlashAttention (Dao et al., 2022).
+    """
+    _require_arrays(query=query, key=key, value=value, lengths=lengths)
+    if starts is not None:
+        _require_arrays(starts=starts)
+    params = RaggedAttentionParams(
+        softmax_scale=softmax_scale,
+        logits_soft_cap=logits_soft_cap,
+        block_size=block_size,
+        mask_value=mask_value,
+        implementation=implementation,
+        partition=partition,
+    )
+    results: RaggedAttention = _ragged_attention(query, key, value, lengths, starts, params=params)
+    return results
+
+
+def reference_ragged_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    starts: jax.Array | None = None,
+    *,
+    softmax_scale: float = 1.0,
+    logits_soft_cap: float | None = None,
+    mask_value: float = DEFAULT_MASK_VALUE,
+) -> RaggedAttention:
+    """`ragged_attention` by its definition: dense, in plain `jax.numpy`, at the cost of S.
+
+    Arguments, results and errors are those of `ragged_attention`; it is differentiated by JAX's
+    own rules. At a tie of the maximum, the first position carries the derivative.
+    """
+    _require_arrays(query=query, key=key, value=value, lengths=lengths)
+    if starts is not None:
+        _require_arrays(starts=starts)
+    params = RaggedAttentionParams(
+        softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, mask_value=mask_value
+    )
+    results: RaggedAttention = _reference_ragged_attention(
+        query, key, value, lengths, starts, params=params
+    )
+    return results

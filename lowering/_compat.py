@@ -1,0 +1,56 @@
+"""Everything that is private to JAX or differs between its versions, each with its reason."""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+from jax._src import config as _config
+from jax.interpreters import mlir
+
+
+def interpret_mode() -> Any:
+    """The parameters of `pltpu.force_tpu_interpret_mode`, or None outside of it.
+
+    Private: the public context manager has no public reader. Its value is part of the key of
+    every trace and compilation cache, so rules may depend on it.
+    """
+    return _config.pallas_tpu_interpret_mode_context_manager.value
+
+
+def interpret_effects() -> frozenset[Any]:
+    """The effects that a kernel has when `interpret_mode` runs it on the CPU.
+
+    Private: an equation must declare what its lowering will emit.
+    """
+    mode = interpret_mode()
+    if mode is None:
+        return frozenset()
+    from jax._src.pallas import core as pallas_core
+
+    return frozenset(pallas_core.get_interpret_effects(mode))
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The manual mesh axes over which a value or aval varies (`vma` until jax 0.11)."""
+    aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    return frozenset(aval.manual_axis_type.varying)
+
+
+def pcast_to_varying(x: jax.Array, axes: Collection[str]) -> jax.Array:
+    """Marks x as varying over the given manual mesh axes too."""
+    missing = tuple(sorted(set(axes) - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def axis_context(ctx: mlir.LoweringRuleContext) -> Any:
+    """Where a lowering rule stands: ShardingContext, SPMDAxisContext or ReplicaAxisContext.
+
+    Undocumented, but the same since before the oldest supported version.
+    """
+    return ctx.module_context.axis_context
+
+
+def device_kind(ctx: mlir.LoweringRuleContext) -> str | None:
+    """The kind of device a program is lowered for, or None where no device is known (export)."""
+    devices = getattr(axis_context(ctx), "device_assignment", None)
+    return devices[0].device_kind if devices else None

@@ -1,0 +1,101 @@
+"""The static parameters of ragged attention."""
+
+import dataclasses
+import math
+import numbers
+from typing import Any, Literal
+
+import numpy as np
+from jax.sharding import PartitionSpec
+
+# What max_logits holds for an empty window: 0.7 times the most negative float32, so that the
+# difference of two of them stays finite.
+DEFAULT_MASK_VALUE = -2.381976426469702e38
+
+Implementation = Literal["reference", "kernel"]
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.number):
+        raise TypeError(
+            f"ragged_attention: {name} must be a Python number, known while tracing; "
+            f"got {value!r} of type {type(value).__name__}. "
+            "Multiply query by a traced factor instead."
+        )
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"ragged_attention: {name} must be finite; got {number}.")
+    return number
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RaggedAttentionParams:
+    """Static parameters, validated on construction.
+
+    Attributes:
+      softmax_scale: factor of `<query, key>`, finite.
+      logits_soft_cap: `c` of `c * tanh(logit / c)`, finite and positive, or None for no cap.
+      block_size: positions of the cache that a kernel reads at a time, or None for the
+        lowering's own choice.
+      mask_value: `max_logits` of an empty window, finite in float32.
+      implementation: "reference" or "kernel" forces one, None lets the lowering choose.
+      partition: mesh axes of the leading dimensions and, last, of the heads, or None.
+    """
+
+    softmax_scale: float = 1.0
+    logits_soft_cap: float | None = None
+    block_size: int | None = None
+    mask_value: float = DEFAULT_MASK_VALUE
+    implementation: Implementation | None = None
+    partition: PartitionSpec | None = None
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "softmax_scale", _number("softmax_scale", self.softmax_scale))
+        set_field(self, "mask_value", _number("mask_value", self.mask_value))
+        if abs(self.mask_value) > float(np.finfo(np.float32).max):
+            raise ValueError(
+                "ragged_attention: mask_value must be finite in float32; "
+                f"got {self.mask_value}. The default is {DEFAULT_MASK_VALUE}."
+            )
+        if self.logits_soft_cap is not None:
+            cap = _number("logits_soft_cap", self.logits_soft_cap)
+            if cap <= 0:
+                raise ValueError(
+                    f"ragged_attention: logits_soft_cap must be positive; got {cap}. "
+                    "Pass None for no cap."
+                )
+            set_field(self, "logits_soft_cap", cap)
+        if self.block_size is not None:
+            if isinstance(self.block_size, bool) or not isinstance(
+                self.block_size, int | np.integer
+            ):
+                raise TypeError(
+                    "ragged_attention: block_size must be a Python int or None; "
+                    f"got {self.block_size!r} of type {type(self.block_size).__name__}."
+                )
+            if self.block_size <= 0:
+                raise ValueError(
+                    f"ragged_attention: block_size must be positive; got {self.block_size}. "
+                    "Pass None to let the lowering choose."
+                )
+            set_field(self, "block_size", int(self.block_size))
+        if self.implementation not in (None, "reference", "kernel"):
+            raise ValueError(
+                "ragged_attention: implementation must be 'reference', 'kernel' or None; "
+                f"got {self.implementation!r}."
+            )
+        if self.partition is not None and not isinstance(self.partition, PartitionSpec):
+            raise TypeError(
+                "ragged_attention: partition must be a jax.sharding.PartitionSpec or None; "
+                f"got {self.partition!r} of type {type(self.partition).__name__}."
+            )
+
+    def __repr__(self) -> str:
+        """Names what differs from the defaults, for jaxprs."""
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"

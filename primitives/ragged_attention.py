@@ -1,0 +1,98 @@
+"""The primitive: ragged attention in its canonical form.
+
+query [*N, Hq, D], key [*N, S, Hkv, D], value [*N, S, Hkv, Dv], lengths and starts int32 [*N] to
+out [*N, Hq, Dv], max_logits and denominator [*N, Hq]. In each leading dimension an operand has
+size n, or 1 where it is shared; the results have n.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching
+
+from jax_ragged.lowering import dispatch
+from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.primitives._avals import PRIMALS, RESULTS, Operands
+from jax_ragged.primitives._folding import Folding
+from jax_ragged.primitives._primitive import (
+    eager,
+    lead,
+    lead_params,
+    register_lowerings,
+    with_effects,
+)
+from jax_ragged.primitives.ragged_attention_jvp import ragged_attention_jvp_p
+
+
+def _ragged_attention_abstract_eval(
+    *operands: ShapedArray, params: RaggedAttentionParams
+) -> list[ShapedArray]:
+    checked = Operands.check("ragged_attention", dict(zip(PRIMALS, operands, strict=True)))
+    return [checked.result(name) for name in RESULTS]
+
+
+def _ragged_attention_folded(
+    implementation: dispatch.Implementation,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    starts: jax.Array,
+    *,
+    params: RaggedAttentionParams,
+) -> list[jax.Array]:
+    folding = Folding.of(query.ndim - 2, (query, lengths, starts), (key, value))
+    results = implementation.forward(
+        folding.fold(query),
+        folding.fold_cache(key),
+        folding.fold_cache(value),
+        folding.fold(lengths),
+        folding.fold(starts),
+        params=params,
+    )
+    return [folding.unfold(x) for x in results]
+
+
+# The tangents are those of ragged_attention_jvp_p, linear in the tangents of query, key and
+# value; the results are its residuals, named so that a remat policy can save them.
+def _ragged_attention_jvp_rule(
+    primals: Sequence[jax.Array], tangents: Sequence[Any], *, params: RaggedAttentionParams
+) -> tuple[list[jax.Array], list[Any]]:
+    results = ragged_attention_p.bind(*primals, params=params)
+    results = [
+        checkpoint_name(x, f"ragged_attention_{name}")
+        for x, name in zip(results, RESULTS, strict=True)
+    ]
+    wrt = tuple(not isinstance(t, ad.Zero) for t in tangents[:3])
+    if not any(wrt):
+        return results, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
+    nonzero = [t for t in tangents[:3] if not isinstance(t, ad.Zero)]
+    return results, ragged_attention_jvp_p.bind(
+        *primals, *results, *nonzero, params=params, wrt=wrt
+    )
+
+
+def _ragged_attention_batch_rule(
+    axis_data: Any,
+    operands: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    *,
+    params: RaggedAttentionParams,
+) -> tuple[list[jax.Array], list[int | None]]:
+    if all(d is None for d in dims):
+        return ragged_attention_p.bind(*operands, params=params), [None] * 3
+    results = ragged_attention_p.bind(*lead(operands, dims), params=lead_params(axis_data, params))
+    return results, [0] * 3
+
+
+ragged_attention_p = Primitive("ragged_attention")
+ragged_attention_p.multiple_results = True
+ragged_attention_p.def_impl(eager(ragged_attention_p))
+ragged_attention_p.def_effectful_abstract_eval(with_effects(_ragged_attention_abstract_eval))
+ad.primitive_jvps[ragged_attention_p] = _ragged_attention_jvp_rule
+batching.fancy_primitive_batchers[ragged_attention_p] = _ragged_attention_batch_rule
+register_lowerings(ragged_attention_p, _ragged_attention_folded)
