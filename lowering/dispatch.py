@@ -45,13 +45,16 @@ class Implementation:
     device_kind: str | None = None
 
     def forward(self, *operands: Any, **params: Any) -> reference.Arrays3:
-        return self._run("forward", *operands, **params)
+        results: reference.Arrays3 = self._run("forward", *operands, **params)
+        return results
 
     def jvp(self, *operands: Any, **params: Any) -> reference.Arrays3:
-        return self._run("jvp", *operands, **params)
+        tangents: reference.Arrays3 = self._run("jvp", *operands, **params)
+        return tangents
 
     def vjp(self, *operands: Any, **params: Any) -> reference.Optional3:
-        return self._run("vjp", *operands, **params)
+        cotangents: reference.Optional3 = self._run("vjp", *operands, **params)
+        return cotangents
 
     def _run(
         self, operation: str, query: Any, key: Any, value: Any, *rest: Any, params: Any

@@ -98,7 +98,7 @@ class Operands:
         leading = [1 if s else n for s, n in zip(share, self.leading, strict=True)]
         leading_axes = [None if s else a for s, a in zip(share, self.leading_axes, strict=True)]
         statistic = name in ("max_logits", "denominator")
-        return self.template.update(
+        aval: ShapedArray = self.template.update(
             shape=(*leading, *(self.sizes[d] for d in TRAILING[name])),
             dtype=statistics_dtype(self.dtype) if statistic else self.dtype,
             weak_type=False,
@@ -107,6 +107,7 @@ class Operands:
                 PartitionSpec(*leading_axes, *(self.axes[d] for d in TRAILING[name])),
             ),
         )
+        return aval
 
 
 def _check_dtypes(primitive: str, operands: Mapping[str, ShapedArray]) -> None:

@@ -97,4 +97,5 @@ def nonlinear_jvp(
         return plain(*operands)
 
     at, along = [primals[i] for i in moving], [tangents[i] for i in moving]
-    return jax.jvp(of_moving, at, along)[1]
+    tangents_out: list[jax.Array] = jax.jvp(of_moving, at, along)[1]
+    return tangents_out
