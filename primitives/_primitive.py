@@ -1,4 +1,4 @@
-"""What the three primitives do alike: eager evaluation, effects, mapped axes."""
+"""What the three primitives do alike."""
 
 import dataclasses
 import functools
@@ -11,8 +11,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec
 
-from jax_ragged.lowering import dispatch
+from jax_ragged.lowering import dispatch, reference
 from jax_ragged.lowering._compat import interpret_effects
+from jax_ragged.lowering.params import RaggedAttentionParams
 
 
 @functools.cache
@@ -45,20 +46,93 @@ def with_effects(abstract_eval: Callable[..., Any]) -> Callable[..., Any]:
     return effectful
 
 
-def lead(operands: Sequence[jax.Array], dims: Sequence[int | None]) -> list[jax.Array]:
-    """Puts the mapped axis in front, and a 1 in front of the operands that do not have it."""
-    return [
-        jnp.expand_dims(x, 0) if d is None else jnp.moveaxis(x, d, 0)
-        for x, d in zip(operands, dims, strict=True)
-    ]
+def batch_rule(
+    primitive: Primitive,
+    lead_static: Callable[[dict[str, Any]], dict[str, Any]] = lambda static: static,
+) -> Callable[..., Any]:
+    """Puts the mapped axis in front, and a 1 in front of the operands that do not have it.
+
+    Nothing is reshaped, copied or broadcast, and any nesting of vmaps is one equation.
+    `lead_static` gives the static parameters other than `params` their entry for the axis.
+    """
+
+    def rule(
+        axis_data: Any,
+        operands: Sequence[jax.Array],
+        dims: Sequence[int | None],
+        *,
+        params: RaggedAttentionParams,
+        **static: Any,
+    ) -> tuple[list[jax.Array], list[int | None]]:
+        if all(d is None for d in dims):
+            results = primitive.bind(*operands, params=params, **static)
+            return results, [None] * len(results)
+        led = [
+            jnp.expand_dims(x, 0) if d is None else jnp.moveaxis(x, d, 0)
+            for x, d in zip(operands, dims, strict=True)
+        ]
+        results = primitive.bind(*led, params=_lead(axis_data, params), **lead_static(static))
+        return results, [0] * len(results)
+
+    return rule
 
 
-def lead_params(axis_data: Any, params: Any) -> Any:
-    """Gives the `partition` of the parameters an entry for the mapped axis."""
+def _lead(axis_data: Any, params: RaggedAttentionParams) -> RaggedAttentionParams:
+    """Gives `partition` an entry for the mapped axis."""
     if params.partition is None:
         return params
     axis = axis_data.spmd_name if axis_data.spmd_name is not None else axis_data.explicit_mesh_axis
     return dataclasses.replace(params, partition=PartitionSpec(axis, *params.partition))
+
+
+def linear_jvp_rule(
+    primitive: Primitive, folded: Callable[..., Any], marks: str
+) -> Callable[..., Any]:
+    """The JVP rule of a primitive linear in the operands after its eight residuals.
+
+    The static parameter called `marks` tells which of three such operands there are. Their
+    tangents go through the primitive itself; those of the residuals, in which it is not linear,
+    go through JAX's own rules on the plain form.
+    """
+
+    def rule(
+        primals: Sequence[jax.Array], tangents: Sequence[Any], **static: Any
+    ) -> tuple[list[jax.Array], list[Any]]:
+        results = primitive.bind(*primals, **static)
+        residuals, linear = primals[:8], primals[8:]
+        tangents_out = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
+        moving = tuple(map(is_nonzero, scatter(static[marks], tangents[8:])))
+        if any(moving):
+            nonzero = filter(is_nonzero, tangents[8:])
+            tangents_out = primitive.bind(*residuals, *nonzero, **(static | {marks: moving}))
+
+        def plain(*residuals: jax.Array) -> list[jax.Array]:
+            results: list[jax.Array] = folded(reference, *residuals, *linear, **static)
+            return results
+
+        if any(map(is_nonzero, tangents[:8])):
+            curved = _jvp_of_moving(plain, residuals, tangents[:8])
+            tangents_out = list(map(ad.add_tangents, tangents_out, curved))
+        return results, tangents_out
+
+    return rule
+
+
+def _jvp_of_moving(
+    plain: Callable[..., list[jax.Array]], primals: Sequence[jax.Array], tangents: Sequence[Any]
+) -> list[jax.Array]:
+    """The tangents of plain for those of its operands that move; the others are constants."""
+    moving = [i for i, t in enumerate(tangents) if is_nonzero(t)]
+
+    def of_moving(*values: jax.Array) -> list[jax.Array]:
+        operands = list(primals)
+        for i, x in zip(moving, values, strict=True):
+            operands[i] = x
+        return plain(*operands)
+
+    at, along = [primals[i] for i in moving], [tangents[i] for i in moving]
+    tangents_out: list[jax.Array] = jax.jvp(of_moving, at, along)[1]
+    return tangents_out
 
 
 def register_lowerings(primitive: Primitive, folded: Callable[..., Any]) -> None:
@@ -82,20 +156,11 @@ def scatter(marks: Sequence[bool], values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(next(rest) if marked else None for marked in marks)
 
 
-def nonlinear_jvp(
-    plain: Callable[..., list[jax.Array]], primals: Sequence[jax.Array], tangents: Sequence[Any]
-) -> list[jax.Array] | None:
-    """The tangents of plain for those of its operands that have one, or None if none has."""
-    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-    if not moving:
-        return None
+def gather(marks: Sequence[bool], values: Iterable[Any]) -> list[Any]:
+    """The values where marks are true."""
+    return [x for x, marked in zip(values, marks, strict=True) if marked]
 
-    def of_moving(*values: jax.Array) -> list[jax.Array]:
-        operands = list(primals)
-        for i, x in zip(moving, values, strict=True):
-            operands[i] = x
-        return plain(*operands)
 
-    at, along = [primals[i] for i in moving], [tangents[i] for i in moving]
-    tangents_out: list[jax.Array] = jax.jvp(of_moving, at, along)[1]
-    return tangents_out
+def is_nonzero(x: Any) -> bool:
+    """Whether a tangent or cotangent is there and not a symbolic zero."""
+    return x is not None and not isinstance(x, ad.Zero)

@@ -19,9 +19,9 @@ from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.primitives._avals import PRIMALS, RESULTS, Operands
 from jax_ragged.primitives._folding import Folding
 from jax_ragged.primitives._primitive import (
+    batch_rule,
     eager,
-    lead,
-    lead_params,
+    is_nonzero,
     register_lowerings,
     with_effects,
 )
@@ -67,26 +67,13 @@ def _ragged_attention_jvp_rule(
         checkpoint_name(x, f"ragged_attention_{name}")
         for x, name in zip(results, RESULTS, strict=True)
     ]
-    wrt = tuple(not isinstance(t, ad.Zero) for t in tangents[:3])
+    wrt = tuple(map(is_nonzero, tangents[:3]))
     if not any(wrt):
         return results, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
-    nonzero = [t for t in tangents[:3] if not isinstance(t, ad.Zero)]
+    nonzero = filter(is_nonzero, tangents[:3])
     return results, ragged_attention_jvp_p.bind(
         *primals, *results, *nonzero, params=params, wrt=wrt
     )
-
-
-def _ragged_attention_batch_rule(
-    axis_data: Any,
-    operands: Sequence[jax.Array],
-    dims: Sequence[int | None],
-    *,
-    params: RaggedAttentionParams,
-) -> tuple[list[jax.Array], list[int | None]]:
-    if all(d is None for d in dims):
-        return ragged_attention_p.bind(*operands, params=params), [None] * 3
-    results = ragged_attention_p.bind(*lead(operands, dims), params=lead_params(axis_data, params))
-    return results, [0] * 3
 
 
 ragged_attention_p = Primitive("ragged_attention")
@@ -94,5 +81,5 @@ ragged_attention_p.multiple_results = True
 ragged_attention_p.def_impl(eager(ragged_attention_p))
 ragged_attention_p.def_effectful_abstract_eval(with_effects(_ragged_attention_abstract_eval))
 ad.primitive_jvps[ragged_attention_p] = _ragged_attention_jvp_rule
-batching.fancy_primitive_batchers[ragged_attention_p] = _ragged_attention_batch_rule
+batching.fancy_primitive_batchers[ragged_attention_p] = batch_rule(ragged_attention_p)
 register_lowerings(ragged_attention_p, _ragged_attention_folded)

@@ -15,28 +15,23 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
-from jax_ragged.lowering import reference
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.primitives import ragged_attention_jvp
 from jax_ragged.primitives._avals import DIFFERENTIABLE, PRIMALS, RESULTS, Operands
 from jax_ragged.primitives._folding import Folding, is_one, sum_shared
 from jax_ragged.primitives._primitive import (
+    batch_rule,
     eager,
-    lead,
-    lead_params,
-    nonlinear_jvp,
+    gather,
+    is_nonzero,
+    linear_jvp_rule,
     register_lowerings,
     scatter,
     with_effects,
 )
 
-RESIDUALS = (*PRIMALS, *RESULTS)
 Marks = tuple[bool, bool, bool]
 Shared = tuple[tuple[bool, ...], ...]
-
-
-def _marked(names: Sequence[str], marks: Marks) -> list[str]:
-    return [n for n, marked in zip(names, marks, strict=True) if marked]
 
 
 def _ragged_attention_vjp_abstract_eval(
@@ -46,9 +41,9 @@ def _ragged_attention_vjp_abstract_eval(
     wrt: Marks,
     shared: Shared,
 ) -> list[ShapedArray]:
-    names = (*RESIDUALS, *(f"{n}_bar" for n in _marked(RESULTS, given)))
+    names = (*PRIMALS, *RESULTS, *(f"{n}_bar" for n in gather(given, RESULTS)))
     checked = Operands.check("ragged_attention_vjp", dict(zip(names, operands, strict=True)))
-    asked = _marked(DIFFERENTIABLE, wrt)
+    asked = gather(wrt, DIFFERENTIABLE)
     return [checked.result(name, share) for name, share in zip(asked, shared, strict=True)]
 
 
@@ -61,7 +56,7 @@ def _ragged_attention_vjp_folded(
     shared: Shared,
 ) -> list[jax.Array]:
     query, key, value, *rest = operands[:8]
-    cache_shared = [s for s, n in zip(shared, _marked("qkv", wrt), strict=True) if n != "q"]
+    cache_shared = shared[1:] if wrt[0] else shared
     folding = Folding.of(query.ndim - 2, (query, *rest, *operands[8:]), (key, value), cache_shared)
     grads = implementation.vjp(
         folding.fold(query),
@@ -73,38 +68,8 @@ def _ragged_attention_vjp_folded(
         params=params,
     )
     unfold = (folding.unfold, folding.unfold_cache, folding.unfold_cache)
-    asked = [u(g) for u, g, w in zip(unfold, grads, wrt, strict=True) if w]
-    return [sum_shared(g, share) for g, share in zip(asked, shared, strict=True)]
-
-
-# Linear in its cotangents, as ragged_attention_jvp_p is in its tangents.
-def _ragged_attention_vjp_jvp_rule(
-    primals: Sequence[jax.Array],
-    tangents: Sequence[Any],
-    *,
-    params: RaggedAttentionParams,
-    given: Marks,
-    wrt: Marks,
-    shared: Shared,
-) -> tuple[list[jax.Array], list[Any]]:
-    static: dict[str, Any] = {"params": params, "wrt": wrt, "shared": shared}
-    results = ragged_attention_vjp_p.bind(*primals, given=given, **static)
-    bars_dot = scatter(given, tangents[8:])
-    linear = tuple(t is not None and not isinstance(t, ad.Zero) for t in bars_dot)
-    tangents_out = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
-    if any(linear):
-        nonzero = [t for t, given_dot in zip(bars_dot, linear, strict=True) if given_dot]
-        tangents_out = ragged_attention_vjp_p.bind(*primals[:8], *nonzero, given=linear, **static)
-
-    def plain(*residuals: jax.Array) -> list[jax.Array]:
-        return _ragged_attention_vjp_folded(
-            reference, *residuals, *primals[8:], given=given, **static
-        )
-
-    curved = nonlinear_jvp(plain, primals[:8], tangents[:8])
-    if curved is not None:
-        tangents_out = list(map(ad.add_tangents, tangents_out, curved))
-    return results, tangents_out
+    asked = zip(gather(wrt, unfold), gather(wrt, grads), shared, strict=True)
+    return [sum_shared(unfold(grad), share) for unfold, grad, share in asked]
 
 
 def _ragged_attention_vjp_transpose_rule(
@@ -116,52 +81,27 @@ def _ragged_attention_vjp_transpose_rule(
     shared: Shared,
 ) -> list[Any]:
     del shared  # a tangent of size 1 in a shared dimension is broadcast: the transpose of the sum
-    residuals, linear = operands[:8], scatter(given, operands[8:])
-    by_position = scatter(wrt, tangents)
-    nonzero = tuple(t is not None and not isinstance(t, ad.Zero) for t in by_position)
-    if not any(nonzero):
-        return [None] * 8 + [ad.Zero(x.aval) for x in linear if x is not None]
-    dots = ragged_attention_jvp.ragged_attention_jvp_p.bind(
-        *residuals,
-        *(t for t, n in zip(by_position, nonzero, strict=True) if n),
-        params=params,
-        wrt=nonzero,
-    )
-    cotangents: list[jax.Array | None] = []
-    for dot, x in zip(dots, linear, strict=True):
-        if x is None:
-            continue
-        if not ad.is_undefined_primal(x):
-            cotangents.append(None)
-            continue
+    residuals, linear = operands[:8], operands[8:]
+    undefined = [ad.is_undefined_primal(x) for x in linear]
+    asked = [x.aval for x in linear if ad.is_undefined_primal(x)]
+    moving = tuple(map(is_nonzero, scatter(wrt, tangents)))
+    cotangents: list[Any] = [ad.Zero(aval) for aval in asked]
+    if any(moving):
         rank = residuals[0].ndim - 2
-        cotangents.append(sum_shared(dot, [is_one(n) for n in x.aval.shape[:rank]]))
-    return [None] * 8 + cotangents
-
-
-def _ragged_attention_vjp_batch_rule(
-    axis_data: Any,
-    operands: Sequence[jax.Array],
-    dims: Sequence[int | None],
-    *,
-    params: RaggedAttentionParams,
-    given: Marks,
-    wrt: Marks,
-    shared: Shared,
-) -> tuple[list[jax.Array], list[int | None]]:
-    if all(d is None for d in dims):
-        results = ragged_attention_vjp_p.bind(
-            *operands, params=params, given=given, wrt=wrt, shared=shared
+        dots = ragged_attention_jvp.ragged_attention_jvp_p.bind(
+            *residuals, *filter(is_nonzero, tangents), params=params, wrt=moving
         )
-        return results, [None] * len(results)
-    results = ragged_attention_vjp_p.bind(
-        *lead(operands, dims),
-        params=lead_params(axis_data, params),
-        given=given,
-        wrt=wrt,
-        shared=tuple((False, *share) for share in shared),
-    )
-    return results, [0] * len(results)
+        dots = gather(undefined, gather(given, dots))
+        cotangents = [
+            sum_shared(dot, [is_one(n) for n in aval.shape[:rank]])
+            for dot, aval in zip(dots, asked, strict=True)
+        ]
+    return [None] * 8 + list(scatter(undefined, cotangents))
+
+
+def _lead_shared(static: dict[str, Any]) -> dict[str, Any]:
+    """A result is mapped, one for each example, whether or not its operand is."""
+    return static | {"shared": tuple((False, *share) for share in static["shared"])}
 
 
 ragged_attention_vjp_p = Primitive("ragged_attention_vjp")
@@ -170,7 +110,11 @@ ragged_attention_vjp_p.def_impl(eager(ragged_attention_vjp_p))
 ragged_attention_vjp_p.def_effectful_abstract_eval(
     with_effects(_ragged_attention_vjp_abstract_eval)
 )
-ad.primitive_jvps[ragged_attention_vjp_p] = _ragged_attention_vjp_jvp_rule
+ad.primitive_jvps[ragged_attention_vjp_p] = linear_jvp_rule(
+    ragged_attention_vjp_p, _ragged_attention_vjp_folded, marks="given"
+)
 ad.primitive_transposes[ragged_attention_vjp_p] = _ragged_attention_vjp_transpose_rule
-batching.fancy_primitive_batchers[ragged_attention_vjp_p] = _ragged_attention_vjp_batch_rule
+batching.fancy_primitive_batchers[ragged_attention_vjp_p] = batch_rule(
+    ragged_attention_vjp_p, _lead_shared
+)
 register_lowerings(ragged_attention_vjp_p, _ragged_attention_vjp_folded)
