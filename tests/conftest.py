@@ -1,0 +1,20 @@
+"""Set-up of all tests: devices, hypothesis, and what a test file may ask for."""
+
+import os
+import shutil
+
+# Before JAX starts a backend. Without this, a machine that has libtpu (a test extra, for its
+# compiler) but no TPU would look for one.
+os.environ.setdefault("JAX_PLATFORMS", "" if shutil.which("nvidia-smi") else "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import hypothesis
+import jax
+
+# Eight CPU devices stand for a mesh; what is not sharded runs on the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
+hypothesis.settings.register_profile(
+    "deterministic", derandomize=True, deadline=None, database=None, print_blob=True
+)
+hypothesis.settings.load_profile("deterministic")
