@@ -12,6 +12,7 @@ decide, it raises as NotImplementedError instead.
 import dataclasses
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -39,10 +40,13 @@ class Implementation:
     Attributes:
       platform: as JAX names it, or "default" for one without kernels.
       device_kind: of the devices lowered for, or None where they are not known.
+      unpartitioned_devices: over how many the compiler would have to partition the call, which
+        it can the reference only.
     """
 
     platform: str
     device_kind: str | None = None
+    unpartitioned_devices: int = 1
 
     def forward(self, *operands: Any, **params: Any) -> reference.Arrays3:
         results: reference.Arrays3 = self._run("forward", *operands, **params)
@@ -87,11 +91,26 @@ class Implementation:
         reason: str | None = module.unsupported(
             operation, query, key, value, params, self.device_kind
         )
+        if reason is None and self.unpartitioned_devices > 1:
+            reason = (
+                f"its kernel cannot be partitioned over {self.unpartitioned_devices} devices by "
+                "the compiler. Call ragged_attention with partition=PartitionSpec(batch axes, "
+                "head axes) under jax.set_mesh(mesh), inside jax.shard_map, or on a mesh of "
+                "explicit axes"
+            )
+            if params.implementation is None:
+                warnings.warn(
+                    f"ragged_attention: the reference runs on {self.platform}: {reason}; or pass "
+                    "implementation='reference' to have this without a warning.",
+                    stacklevel=2,
+                )
         return reason
 
 
-def implementation_for(platform: str, ctx: mlir.LoweringRuleContext) -> Implementation:
+def implementation_for(
+    platform: str, ctx: mlir.LoweringRuleContext, unpartitioned_devices: int = 1
+) -> Implementation:
     """The implementation for a platform, as the lowering context stands."""
     if platform == "cpu" and interpret_mode() is not None:
         platform = "tpu"
-    return Implementation(platform, device_kind(ctx))
+    return Implementation(platform, device_kind(ctx), unpartitioned_devices)

@@ -5,15 +5,18 @@ sharding of an explicit mesh, and the manual axes over which values vary inside 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jax_ragged.lowering._compat import varying_axes
 from jax_ragged.lowering.reference import statistics_dtype
+from jax_ragged.lowering.sharding import Layout, axes_of_type, axis_names
 from jax_ragged.primitives._folding import is_one, joined_size
 
 PRIMALS = ("query", "key", "value", "lengths", "starts")
@@ -37,10 +40,17 @@ def _describe(operands: Mapping[str, ShapedArray]) -> str:
     return ", ".join(f"{name} {aval.str_short()}" for name, aval in operands.items())
 
 
+# Which leading dimensions are 1 in a result because it is summed over them; None is none.
+Shared = Sequence[bool] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Operands:
     """The sizes, sharding and manual axes that a primitive's operands agree on."""
 
+    primitive: str
+    avals: Mapping[str, ShapedArray]
+    partition: PartitionSpec | None
     sizes: Mapping[str, Any]
     axes: Mapping[str, Any]
     leading: tuple[Any, ...]
@@ -49,12 +59,15 @@ class Operands:
     dtype: Any
 
     @classmethod
-    def check(cls, primitive: str, operands: Mapping[str, ShapedArray]) -> "Operands":
+    def check(
+        cls,
+        primitive: str,
+        operands: Mapping[str, ShapedArray],
+        partition: PartitionSpec | None = None,
+    ) -> "Operands":
         """Checks named operands; a name may end in _dot (a tangent) or _bar (a cotangent)."""
         rank = operands["query"].ndim - 2
-        trailing = {
-            name: TRAILING[name.removesuffix("_dot").removesuffix("_bar")] for name in operands
-        }
+        trailing = {name: _trailing(name) for name in operands}
         for name, aval in operands.items():
             if aval.ndim != rank + len(trailing[name]):
                 raise ValueError(
@@ -83,7 +96,10 @@ class Operands:
                 f"{primitive}: the query heads must be a multiple of the key heads; "
                 f"got {_describe(operands)}."
             )
-        return cls(
+        checked = cls(
+            primitive=primitive,
+            avals=operands,
+            partition=partition,
             sizes=sizes,
             axes=_joined_axes(primitive, operands, trailing, rank),
             leading=leading,
@@ -91,8 +107,50 @@ class Operands:
             template=_template(primitive, operands),
             dtype=operands["query"].dtype,
         )
+        if partition is not None and not checked.template.sharding.mesh.empty:
+            _check_partition(checked, partition, checked.template.sharding.mesh)
+        return checked
 
-    def result(self, name: str, shared: Sequence[bool] | None = None) -> ShapedArray:
+    def layout(self, results: Sequence[tuple[str, Shared]]) -> Layout:
+        """How the operands and the results, by name and shared dimensions, lie on the mesh.
+
+        The mesh is that of the operands' types or, as for values made outside of it, the
+        context's. Explicit axes are split as the types say, automatic ones as `partition` does.
+        """
+        mesh = self.template.sharding.mesh
+        if mesh.empty:
+            mesh = jax.sharding.get_abstract_mesh()
+        auto = axes_of_type(mesh, AxisType.Auto)
+        if self.partition is None:
+            auto = frozenset(axis for axis in auto if mesh.shape[axis] == 1)
+        else:
+            _check_partition(self, self.partition, mesh)
+        rank = len(self.leading)
+        ones = {name: [is_one(n) for n in a.shape[:rank]] for name, a in self.avals.items()}
+        return Layout(
+            mesh=mesh,
+            axes=axes_of_type(mesh, AxisType.Explicit) | auto,
+            in_specs=tuple(self._spec(name, ones[name]) for name in self.avals),
+            out_specs=tuple(self._spec(name, shared) for name, shared in results),
+        )
+
+    def _spec(self, name: str, shared: Shared) -> PartitionSpec:
+        """The mesh axes of an operand or result; in its shared dimensions it has none."""
+        *leading, heads = self.partition or [None] * (len(self.leading) + 1)
+        key_heads = None if is_one(self.sizes["Hkv"]) else heads
+        axes = {
+            **self.axes,
+            "Hq": _merged(self.axes["Hq"], heads),
+            "Hkv": _merged(self.axes["Hkv"], key_heads),
+        }
+        share = shared or [False] * len(self.leading)
+        entries = [
+            None if s else _merged(explicit, auto)
+            for s, explicit, auto in zip(share, self.leading_axes, leading, strict=True)
+        ]
+        return PartitionSpec(*entries, *(axes[letter] for letter in _trailing(name)))
+
+    def result(self, name: str, shared: Shared = None) -> ShapedArray:
         """The type of a result shaped as the named one, with 1 in its shared dimensions."""
         share = [False] * len(self.leading) if shared is None else shared
         leading = [1 if s else n for s, n in zip(share, self.leading, strict=True)]
@@ -122,6 +180,53 @@ def _check_dtypes(primitive: str, operands: Mapping[str, ShapedArray]) -> None:
         if aval.dtype != expected:
             raise TypeError(
                 f"{primitive}: {name} must have dtype {expected}; got {_describe(operands)}."
+            )
+
+
+def _trailing(name: str) -> tuple[str, ...]:
+    return TRAILING[name.removesuffix("_dot").removesuffix("_bar")]
+
+
+def _merged(*entries: Any) -> Any:
+    """One entry of a PartitionSpec with the mesh axes of all."""
+    merged = tuple(axis for entry in entries for axis in axis_names(entry))
+    return merged[0] if len(merged) == 1 else merged or None
+
+
+def _check_partition(operands: Operands, partition: PartitionSpec, mesh: AbstractMesh) -> None:
+    """Raises unless partition splits the operands evenly over automatic axes of the mesh."""
+    primitive, rank = operands.primitive, len(operands.leading)
+    if len(partition) != rank + 1:
+        raise ValueError(
+            f"{primitive}: partition must have {rank + 1} entries, one for each of the {rank} "
+            "leading dimensions and the last for the heads; "
+            f"got {partition} for {_describe(operands.avals)}."
+        )
+    auto = axes_of_type(mesh, AxisType.Auto)
+    used = [axis for entry in partition for axis in axis_names(entry)]
+    if mesh.empty and used:
+        raise ValueError(
+            f"{primitive}: partition names axes of a mesh; got {partition} where there is none. "
+            "Call under jax.set_mesh(mesh), or leave partition out on one device."
+        )
+    if not set(used) <= auto or len(set(used)) < len(used):
+        raise ValueError(
+            f"{primitive}: partition must name automatic axes of the mesh, each at most once; "
+            f"got {partition} on {mesh}. Leave out explicit axes, which the operands' types "
+            "carry, and manual ones, over which shard_map has split the operands."
+        )
+    sizes = {"heads of query": operands.sizes["Hq"]}
+    if not is_one(operands.sizes["Hkv"]):
+        sizes["heads of key"] = operands.sizes["Hkv"]
+    dims = [(f"leading dimension {i}", n, partition[i]) for i, n in enumerate(operands.leading)]
+    dims += [(what, n, partition[-1]) for what, n in sizes.items()]
+    for what, n, entry in dims:
+        shards = math.prod(mesh.shape[axis] for axis in axis_names(entry))
+        if n % shards != 0:
+            raise ValueError(
+                f"{primitive}: partition must split dimensions evenly; got {what} of size {n} "
+                f"over {entry}, {shards} shards. Pad the batch, repeat the heads of key and "
+                "value, or name fewer axes."
             )
 
 

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec
@@ -14,6 +15,8 @@ from jax.sharding import PartitionSpec
 from jax_ragged.lowering import dispatch, reference
 from jax_ragged.lowering._compat import interpret_effects
 from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.sharding import Layout
+from jax_ragged.primitives._avals import Operands, Shared
 
 
 @functools.cache
@@ -37,13 +40,26 @@ def eager(primitive: Primitive) -> Callable[..., Any]:
     return impl
 
 
-def with_effects(abstract_eval: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the effects of the TPU kernel where interpret mode runs it on this host."""
+class Types(NamedTuple):
+    """The checked operands of an equation, and its results by name and shared dimensions."""
 
-    def effectful(*operands: Any, **params: Any) -> tuple[Any, frozenset[Any]]:
-        return abstract_eval(*operands, **params), interpret_effects()
+    operands: Operands
+    results: Sequence[tuple[str, Shared]]
 
-    return effectful
+    def avals(self) -> list[ShapedArray]:
+        return [self.operands.result(name, shared) for name, shared in self.results]
+
+    def layout(self) -> Layout:
+        return self.operands.layout(self.results)
+
+
+def abstract_eval(types: Callable[..., Types]) -> Callable[..., Any]:
+    """The types of the results, and the effects of the TPU kernel in interpret mode."""
+
+    def rule(*operands: ShapedArray, **static: Any) -> tuple[list[ShapedArray], frozenset[Any]]:
+        return types(*operands, **static).avals(), interpret_effects()
+
+    return rule
 
 
 def batch_rule(
@@ -78,15 +94,15 @@ def batch_rule(
 
 
 def _lead(axis_data: Any, params: RaggedAttentionParams) -> RaggedAttentionParams:
-    """Gives `partition` an entry for the mapped axis."""
+    """Gives `partition` an entry for the mapped axis; explicit mesh axes are in the types."""
     if params.partition is None:
         return params
-    axis = axis_data.spmd_name if axis_data.spmd_name is not None else axis_data.explicit_mesh_axis
-    return dataclasses.replace(params, partition=PartitionSpec(axis, *params.partition))
+    partition = PartitionSpec(axis_data.spmd_name, *params.partition)
+    return dataclasses.replace(params, partition=partition)
 
 
 def linear_jvp_rule(
-    primitive: Primitive, folded: Callable[..., Any], marks: str
+    primitive: Primitive, folded: Callable[..., Any], types: Callable[..., Types], marks: str
 ) -> Callable[..., Any]:
     """The JVP rule of a primitive linear in the operands after its eight residuals.
 
@@ -107,8 +123,9 @@ def linear_jvp_rule(
             tangents_out = primitive.bind(*residuals, *nonzero, **(static | {marks: moving}))
 
         def plain(*residuals: jax.Array) -> list[jax.Array]:
-            results: list[jax.Array] = folded(reference, *residuals, *linear, **static)
-            return results
+            run = functools.partial(folded, reference, **static)
+            layout = types(*map(jax.typeof, primals), **static).layout()
+            return list(layout.per_shard(run)(*residuals, *linear))
 
         if any(map(is_nonzero, tangents[:8])):
             curved = _jvp_of_moving(plain, residuals, tangents[:8])
@@ -135,13 +152,18 @@ def _jvp_of_moving(
     return tangents_out
 
 
-def register_lowerings(primitive: Primitive, folded: Callable[..., Any]) -> None:
-    """Registers `folded(implementation, *operands, **params)` for every platform."""
+def register_lowerings(
+    primitive: Primitive, folded: Callable[..., Any], types: Callable[..., Types]
+) -> None:
+    """Registers `folded(implementation, *operands, **static)` for every platform, per shard."""
 
-    def rule(platform: str, ctx: Any, *operands: Any, **params: Any) -> Any:
-        implementation = dispatch.implementation_for(platform, ctx)
-        lower = mlir.lower_fun(functools.partial(folded, implementation), multiple_results=True)
-        return lower(ctx, *operands, **params)
+    def rule(platform: str, ctx: Any, *operands: Any, **static: Any) -> Any:
+        layout = types(*ctx.avals_in, **static).layout()
+        implementation = dispatch.implementation_for(
+            platform, ctx, layout.unpartitioned_devices(ctx)
+        )
+        run = layout.per_shard(functools.partial(folded, implementation, **static))
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
     mlir.register_lowering(primitive, functools.partial(rule, "default"), inline=False)
     for platform in ("cpu", "tpu", "cuda"):

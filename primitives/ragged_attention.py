@@ -19,20 +19,20 @@ from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.primitives._avals import PRIMALS, RESULTS, Operands
 from jax_ragged.primitives._folding import Folding
 from jax_ragged.primitives._primitive import (
+    Types,
+    abstract_eval,
     batch_rule,
     eager,
     is_nonzero,
     register_lowerings,
-    with_effects,
 )
 from jax_ragged.primitives.ragged_attention_jvp import ragged_attention_jvp_p
 
 
-def _ragged_attention_abstract_eval(
-    *operands: ShapedArray, params: RaggedAttentionParams
-) -> list[ShapedArray]:
-    checked = Operands.check("ragged_attention", dict(zip(PRIMALS, operands, strict=True)))
-    return [checked.result(name) for name in RESULTS]
+def _ragged_attention_types(*operands: ShapedArray, params: RaggedAttentionParams) -> Types:
+    named = dict(zip(PRIMALS, operands, strict=True))
+    checked = Operands.check("ragged_attention", named, params.partition)
+    return Types(checked, [(name, None) for name in RESULTS])
 
 
 def _ragged_attention_folded(
@@ -79,7 +79,7 @@ def _ragged_attention_jvp_rule(
 ragged_attention_p = Primitive("ragged_attention")
 ragged_attention_p.multiple_results = True
 ragged_attention_p.def_impl(eager(ragged_attention_p))
-ragged_attention_p.def_effectful_abstract_eval(with_effects(_ragged_attention_abstract_eval))
+ragged_attention_p.def_effectful_abstract_eval(abstract_eval(_ragged_attention_types))
 ad.primitive_jvps[ragged_attention_p] = _ragged_attention_jvp_rule
 batching.fancy_primitive_batchers[ragged_attention_p] = batch_rule(ragged_attention_p)
-register_lowerings(ragged_attention_p, _ragged_attention_folded)
+register_lowerings(ragged_attention_p, _ragged_attention_folded, _ragged_attention_types)

@@ -17,6 +17,8 @@ from jax_ragged.primitives import ragged_attention_vjp
 from jax_ragged.primitives._avals import DIFFERENTIABLE, PRIMALS, RESULTS, Operands
 from jax_ragged.primitives._folding import Folding, is_one
 from jax_ragged.primitives._primitive import (
+    Types,
+    abstract_eval,
     batch_rule,
     eager,
     gather,
@@ -24,18 +26,18 @@ from jax_ragged.primitives._primitive import (
     linear_jvp_rule,
     register_lowerings,
     scatter,
-    with_effects,
 )
 
 Wrt = tuple[bool, bool, bool]
 
 
-def _ragged_attention_jvp_abstract_eval(
+def _ragged_attention_jvp_types(
     *operands: ShapedArray, params: RaggedAttentionParams, wrt: Wrt
-) -> list[ShapedArray]:
+) -> Types:
     names = (*PRIMALS, *RESULTS, *(f"{n}_dot" for n in gather(wrt, DIFFERENTIABLE)))
-    checked = Operands.check("ragged_attention_jvp", dict(zip(names, operands, strict=True)))
-    return [checked.result(name) for name in RESULTS]
+    named = dict(zip(names, operands, strict=True))
+    checked = Operands.check("ragged_attention_jvp", named, params.partition)
+    return Types(checked, [(name, None) for name in RESULTS])
 
 
 def _ragged_attention_jvp_folded(
@@ -91,12 +93,12 @@ def _ragged_attention_jvp_transpose_rule(
 ragged_attention_jvp_p = Primitive("ragged_attention_jvp")
 ragged_attention_jvp_p.multiple_results = True
 ragged_attention_jvp_p.def_impl(eager(ragged_attention_jvp_p))
-ragged_attention_jvp_p.def_effectful_abstract_eval(
-    with_effects(_ragged_attention_jvp_abstract_eval)
-)
+ragged_attention_jvp_p.def_effectful_abstract_eval(abstract_eval(_ragged_attention_jvp_types))
 ad.primitive_jvps[ragged_attention_jvp_p] = linear_jvp_rule(
-    ragged_attention_jvp_p, _ragged_attention_jvp_folded, marks="wrt"
+    ragged_attention_jvp_p, _ragged_attention_jvp_folded, _ragged_attention_jvp_types, marks="wrt"
 )
 ad.primitive_transposes[ragged_attention_jvp_p] = _ragged_attention_jvp_transpose_rule
 batching.fancy_primitive_batchers[ragged_attention_jvp_p] = batch_rule(ragged_attention_jvp_p)
-register_lowerings(ragged_attention_jvp_p, _ragged_attention_jvp_folded)
+register_lowerings(
+    ragged_attention_jvp_p, _ragged_attention_jvp_folded, _ragged_attention_jvp_types
+)

@@ -20,6 +20,8 @@ from jax_ragged.primitives import ragged_attention_jvp
 from jax_ragged.primitives._avals import DIFFERENTIABLE, PRIMALS, RESULTS, Operands
 from jax_ragged.primitives._folding import Folding, is_one, sum_shared
 from jax_ragged.primitives._primitive import (
+    Types,
+    abstract_eval,
     batch_rule,
     eager,
     gather,
@@ -27,24 +29,23 @@ from jax_ragged.primitives._primitive import (
     linear_jvp_rule,
     register_lowerings,
     scatter,
-    with_effects,
 )
 
 Marks = tuple[bool, bool, bool]
 Shared = tuple[tuple[bool, ...], ...]
 
 
-def _ragged_attention_vjp_abstract_eval(
+def _ragged_attention_vjp_types(
     *operands: ShapedArray,
     params: RaggedAttentionParams,
     given: Marks,
     wrt: Marks,
     shared: Shared,
-) -> list[ShapedArray]:
+) -> Types:
     names = (*PRIMALS, *RESULTS, *(f"{n}_bar" for n in gather(given, RESULTS)))
-    checked = Operands.check("ragged_attention_vjp", dict(zip(names, operands, strict=True)))
-    asked = gather(wrt, DIFFERENTIABLE)
-    return [checked.result(name, share) for name, share in zip(asked, shared, strict=True)]
+    named = dict(zip(names, operands, strict=True))
+    checked = Operands.check("ragged_attention_vjp", named, params.partition)
+    return Types(checked, list(zip(gather(wrt, DIFFERENTIABLE), shared, strict=True)))
 
 
 def _ragged_attention_vjp_folded(
@@ -107,14 +108,14 @@ def _lead_shared(static: dict[str, Any]) -> dict[str, Any]:
 ragged_attention_vjp_p = Primitive("ragged_attention_vjp")
 ragged_attention_vjp_p.multiple_results = True
 ragged_attention_vjp_p.def_impl(eager(ragged_attention_vjp_p))
-ragged_attention_vjp_p.def_effectful_abstract_eval(
-    with_effects(_ragged_attention_vjp_abstract_eval)
-)
+ragged_attention_vjp_p.def_effectful_abstract_eval(abstract_eval(_ragged_attention_vjp_types))
 ad.primitive_jvps[ragged_attention_vjp_p] = linear_jvp_rule(
-    ragged_attention_vjp_p, _ragged_attention_vjp_folded, marks="given"
+    ragged_attention_vjp_p, _ragged_attention_vjp_folded, _ragged_attention_vjp_types, marks="given"
 )
 ad.primitive_transposes[ragged_attention_vjp_p] = _ragged_attention_vjp_transpose_rule
 batching.fancy_primitive_batchers[ragged_attention_vjp_p] = batch_rule(
     ragged_attention_vjp_p, _lead_shared
 )
-register_lowerings(ragged_attention_vjp_p, _ragged_attention_vjp_folded)
+register_lowerings(
+    ragged_attention_vjp_p, _ragged_attention_vjp_folded, _ragged_attention_vjp_types
+)

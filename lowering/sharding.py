@@ -1,0 +1,103 @@
+"""One call for each shard of a mesh.
+
+A kernel cannot be partitioned by the compiler, so where the mesh and the layout of the operands
+are known the implementation is wrapped in shard_map and sees local arrays only. Axes that are
+manual already need nothing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.interpreters import mlir
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from jax_ragged.lowering._compat import axis_context, pcast_to_varying, varying_axes
+
+
+def axes_of_type(mesh: AbstractMesh, axis_type: AxisType) -> frozenset[str]:
+    """The names of the axes of a mesh that have the type."""
+    named = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in named if kind == axis_type)
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, tuple) else (entry,)
+
+
+def _named(specs: Sequence[PartitionSpec]) -> Iterator[str]:
+    return (axis for spec in specs for entry in spec for axis in axis_names(entry))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the operands and results of one call lie on a mesh.
+
+    Attributes:
+      mesh: of the operands, or else of the context.
+      axes: the axes of the mesh that a call for each shard makes manual.
+      in_specs: of the operands, over `axes`.
+      out_specs: of the results, over `axes`.
+    """
+
+    mesh: AbstractMesh
+    axes: frozenset[str]
+    in_specs: tuple[PartitionSpec, ...]
+    out_specs: tuple[PartitionSpec, ...]
+
+    def unpartitioned_devices(self, ctx: mlir.LoweringRuleContext) -> int:
+        """Over how many devices the compiler would have to partition an implementation."""
+        if self.mesh.empty:
+            return getattr(axis_context(ctx), "num_devices", 1)
+        left = axes_of_type(self.mesh, AxisType.Auto) - self.axes
+        return math.prod(self.mesh.shape[axis] for axis in left)
+
+    def per_shard(
+        self, run: Callable[..., Sequence[jax.Array]]
+    ) -> Callable[..., Sequence[jax.Array]]:
+        """Wraps `run` to be called on the shards of its operands.
+
+        A result that is not split over an axis that splits the operands is a sum over what they
+        hold: the gradient of a shared cache, or of the one key head of many query heads.
+        """
+        if not self.axes:
+            return run
+        split = frozenset(_named(self.in_specs))
+        sums = [tuple(sorted(split - set(_named([spec])))) for spec in self.out_specs]
+
+        def shard(*operands: jax.Array) -> tuple[jax.Array, ...]:
+            varying = frozenset[str]().union(*map(varying_axes, operands))
+            results = run(*(pcast_to_varying(x, varying) for x in operands))
+            return tuple(
+                jax.lax.psum(pcast_to_varying(x, axes), axes) if axes else x
+                for x, axes in zip(results, sums, strict=True)
+            )
+
+        sharded: Callable[..., Sequence[jax.Array]] = jax.shard_map(
+            shard,
+            mesh=self.mesh,
+            in_specs=self.in_specs,
+            out_specs=self.out_specs,
+            axis_names=self.axes,
+        )
+
+        def resharded(*operands: jax.Array) -> Sequence[jax.Array]:
+            return sharded(*map(self._reshard, operands, self.in_specs))
+
+        return resharded
+
+    def _reshard(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """Gives x the explicit axes of spec: it may be replicated where others are split."""
+        explicit = axes_of_type(self.mesh, AxisType.Explicit)
+        if not explicit:
+            return x
+        entries = (tuple(a for a in axis_names(entry) if a in explicit) for entry in spec)
+        sharding = jax.sharding.NamedSharding(
+            self.mesh, PartitionSpec(*(entry or None for entry in entries))
+        )
+        return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
