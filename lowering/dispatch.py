@@ -25,7 +25,7 @@ from jax_ragged.lowering import reference
 from jax_ragged.lowering._compat import device_kind, interpret_mode
 
 # Imported when first lowered for: Pallas is slow to import.
-_MODULES: dict[str, str] = {}
+_MODULES: dict[str, str] = {"tpu": "jax_ragged.lowering.tpu"}
 
 
 @functools.cache
@@ -75,7 +75,11 @@ class Implementation:
         run: Callable[..., Any] = getattr(module, operation)
         # The scope shows in HLO metadata and profiles which implementation was chosen.
         with jax.named_scope(f"ragged_attention_{operation}_{name}"):
-            return run(query, key, value, *rest, params=params)
+            return run(query, key, value, *rest, params=params, **self._context(module))
+
+    def _context(self, module: ModuleType | None) -> dict[str, Any]:
+        """What a module whose kernels differ by kind of device is told besides."""
+        return {"device_kind": self.device_kind} if hasattr(module, "BY_DEVICE_KIND") else {}
 
     def why_reference(
         self, operation: str, query: Any, key: Any, value: Any, params: Any

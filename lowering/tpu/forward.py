@@ -1,0 +1,534 @@
+"""The forward kernel: streaming softmax over the blocks that a row's windows touch.
+
+A step reads a block of T positions of keys and values, and walks it in chunks. For a chunk, with
+R rows of (head, query), the logits of all rows stand in registers [R, 128]:
+
+    s = q k'                    z = s, or cap tanh(scale s / cap)        outside a window: -inf
+    m' = max(m, max z)          a = exp(m - m')
+    p = exp(z - m')             l = a l + sum p           o = a o + p v
+
+In the form TOKENS (`layout`) the columns are (token, tile, head): one product multiplies all heads
+with all, the rows of other heads are masked, and their probabilities are 0. The matrix unit does
+this idle work while it would wait for memory; nothing is moved to separate the heads. Where the
+lanes of a head are cut in tiles, the products of the tiles are rows of their own, and are brought
+together by rotations of the lanes. In the other forms each head is a product of its own.
+
+Where keys and values differ in form, 0/1 matrices bring the probabilities from the columns of one
+to those of the other.
+
+The unit of z is such that no multiplication is spent: `exp(z - m) = exp2((z - m) exponent)` and
+`logit = z unit`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.tpu.block_size import Blocks
+from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form
+from jax_ragged.lowering.tpu.work_list import SCALARS, WorkList, item_of_step
+
+LOG2_E = math.log2(math.e)
+# The maximum of nothing: finite, so that exp(-inf - LOWEST) is 0 and not NaN.
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+Slices = list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static sizes of a kernel.
+
+    Attributes:
+      key: layout of the keys.
+      value: layout of the values.
+      blocks: T and the chunk.
+      rows: R, a multiple of 8.
+      head_rows: rows of one key head, (query, head of its group).
+      queries: queries of a row of the work list.
+      tiles: rows of the work list for one row of the cache.
+      cores: between which the work list is split.
+      params: of the operation.
+    """
+
+    key: CacheLayout
+    value: CacheLayout
+    blocks: Blocks
+    rows: int
+    head_rows: int
+    queries: int
+    tiles: int
+    cores: int
+    params: RaggedAttentionParams
+
+    @property
+    def unit(self) -> float:
+        """Logit = z unit."""
+        p = self.params
+        return p.softmax_scale if p.logits_soft_cap is None and p.softmax_scale > 0 else 1.0
+
+    @property
+    def chunks(self) -> int:
+        return self.blocks.T // self.blocks.chunk
+
+
+def _dot(x: jax.Array, y: jax.Array, *, transposed: bool = False) -> jax.Array:
+    """X y, or x y', accumulated in float32; float32 operands are not rounded."""
+    exact = lax.Precision.HIGHEST if y.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x,
+        y,
+        (((1,), (1 if transposed else 0,)), ((), ())),
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _slices(x: jax.Array) -> Slices:
+    return [x[:, c : c + LANES] for c in range(0, x.shape[1], LANES)]
+
+
+def _to_lanes(x: jax.Array, n: int) -> jax.Array:
+    """[R, 128] with equal lanes to [R, n]."""
+    if n % LANES != 0 or n > LANES:
+        x = jnp.concatenate([x] * -(-n // LANES), axis=1)
+    return x if x.shape[1] == n else x[:, :n]
+
+
+def _lane(rows: int, start: int) -> jax.Array:
+    return start + lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+
+
+class Windows:
+    """The windows of the rows of one step, as masks over the columns of a layout."""
+
+    def __init__(
+        self, plan: Plan, lo: jax.Array, hi: jax.Array, block_start: jax.Array
+    ) -> None:
+        """lo and hi are scalars, or [R, 128] where queries have windows of their own."""
+        self._plan, self._lo, self._hi, self._start = plan, lo, hi, block_start
+
+    def mask(self, layout: CacheLayout, j: jax.Array, index: int) -> jax.Array:
+        """Which columns of the index-th 128 of chunk j lie in the windows: bool [R, 128]."""
+        token = lax.div(_lane(self._plan.rows, index * LANES), layout.columns)
+        base = self._start + j * self._plan.blocks.chunk
+        return (token >= self._lo - base) & (token < self._hi - base)
+
+    def zero_outside(self, v: jax.Array, layout: CacheLayout, j: jax.Array) -> jax.Array:
+        """Zeros what of the values of chunk j lies in no window: 0 NaN would be NaN.
+
+        Args:
+          v: [columns, lanes], or [Dv, columns] in the form SEQUENCE.
+          layout: of v.
+          j: the chunk.
+        """
+        axis = 1 if layout.form is Form.SEQUENCE else 0
+        if self._plan.queries == 1:
+            token = lax.div(lax.broadcasted_iota(jnp.int32, v.shape, axis), layout.columns)
+            base = self._start + j * self._plan.blocks.chunk
+            inside = (token >= self._lo - base) & (token < self._hi - base)
+        else:
+            inside = self._any(layout, j, v.shape, axis) > 0
+        return jnp.where(inside, v, jnp.zeros((), v.dtype))
+
+    def _any(
+        self, layout: CacheLayout, j: jax.Array, shape: tuple[int, ...], axis: int
+    ) -> jax.Array:
+        """1.0 where any row's window has the column, with columns along axis."""
+        parts = []
+        for index in range(shape[axis] // LANES):
+            inside = jnp.where(self.mask(layout, j, index), 1.0, 0.0)
+            inside = inside.max(axis=0, keepdims=True)
+            rows = shape[0] if axis == 1 else LANES
+            inside = jnp.broadcast_to(inside, (rows, LANES))
+            parts.append(inside if axis == 1 else _to_lanes(inside.T, shape[1]))
+        return jnp.concatenate(parts, axis=axis)
+
+
+def _own_head(plan: Plan, layout: CacheLayout, index: int) -> jax.Array | None:
+    """Which columns are of the row's head, in the first tile: bool [R, 128], or None for all."""
+    if layout.columns == 1:
+        return None
+    head = lax.div(
+        lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 0), jnp.int32(plan.head_rows)
+    )
+    # Of the rows that pad R, the head is none.
+    head = jnp.where(head < layout.heads, head, layout.columns)
+    return lax.rem(_lane(plan.rows, index * LANES), layout.columns) == head
+
+
+def _token_rows(ref: Any, layout: CacheLayout, plan: Plan, j: jax.Array | int) -> jax.Array:
+    """The rows of chunk j in the form TOKENS."""
+    n = plan.blocks.chunk * layout.columns
+    start = j * n if isinstance(j, int) else pl.multiple_of(j * n, n)
+    rows: jax.Array = ref[0, pl.ds(start, n), :]
+    return rows
+
+
+def _head_block(
+    ref: Any, layout: CacheLayout, plan: Plan, j: jax.Array | int, head: int
+) -> jax.Array:
+    """Chunk j of one head: [chunk, D] in the form HEADS, [D, chunk] in the form SEQUENCE."""
+    n = plan.blocks.chunk
+    tokens = pl.ds(j * n if isinstance(j, int) else pl.multiple_of(j * n, n), n)
+    block: jax.Array = (
+        ref[0, head, :, tokens] if layout.form is Form.SEQUENCE else ref[0, head, tokens, :]
+    )
+    return block
+
+
+def _rotate(x: jax.Array, by: int) -> jax.Array:
+    """Moves columns up by a number of lanes; what is wrapped around is masked."""
+    return pltpu.roll(x, by % LANES, 1) if by % LANES else x
+
+
+def _products(q: jax.Array, k_ref: Any, plan: Plan, j: jax.Array | int) -> Slices:
+    """Q k' of chunk j: [R, 128] for each 128 columns."""
+    key = plan.key
+    if not key.interleaved:
+        by_head = [
+            _slices(
+                _dot(
+                    q[h * plan.head_rows : (h + 1) * plan.head_rows],
+                    _head_block(k_ref, key, plan, j, h),
+                    transposed=key.form is Form.HEADS,
+                )
+            )
+            for h in range(key.heads)
+        ]
+        return [jnp.concatenate(parts, axis=0) for parts in zip(*by_head, strict=True)]
+    stacked = jnp.concatenate(_slices(q), axis=0) if key.tiles > 1 else q
+    s = _slices(_dot(stacked, _token_rows(k_ref, key, plan, j), transposed=True))
+    R = plan.rows
+    return [
+        functools.reduce(
+            jnp.add,
+            [_rotate(x[i * R : (i + 1) * R], -i * key.heads) for i in range(key.tiles)],
+        )
+        for x in s
+    ]
+
+
+def _logits(
+    q: jax.Array, k_ref: Any, plan: Plan, j: jax.Array | int, windows: Windows | None
+) -> tuple[Slices, jax.Array]:
+    """The logits of chunk j, -inf where masked, and their maximum by row, [R, 1]."""
+    p = plan.params
+    z = _products(q, k_ref, plan, j)
+    if p.logits_soft_cap is not None:
+        factor = p.softmax_scale / p.logits_soft_cap
+        z = [p.logits_soft_cap * jnp.tanh(x * factor) for x in z]
+    elif p.softmax_scale <= 0:
+        z = [x * p.softmax_scale for x in z]
+    masked = []
+    for index, x in enumerate(z):
+        masks = [_own_head(plan, plan.key, index)]
+        if windows is not None:
+            masks.append(windows.mask(plan.key, jnp.asarray(j, jnp.int32), index))
+        needed = [mask for mask in masks if mask is not None]
+        if needed:
+            x = jnp.where(functools.reduce(jnp.logical_and, needed), x, -jnp.inf)
+        masked.append(x)
+    return masked, functools.reduce(jnp.maximum, masked).max(axis=1, keepdims=True)
+
+
+def _selection(layout: CacheLayout, chunk: int, dtype: Any, *, tokens_first: bool) -> jax.Array:
+    """1 where a column is of a token: [columns, tokens], or [tokens, columns]."""
+    shape = (chunk * layout.columns, chunk)
+    shape = shape[::-1] if tokens_first else shape
+    column = lax.broadcasted_iota(jnp.int32, shape, 1 if tokens_first else 0)
+    token = lax.broadcasted_iota(jnp.int32, shape, 0 if tokens_first else 1)
+    return jnp.where(lax.div(column, layout.columns) == token, 1.0, 0.0).astype(dtype)
+
+
+def _for_values(p: Slices, plan: Plan, dtype: Any) -> jax.Array:
+    """The probabilities in the columns of the values, [R, columns].
+
+    They are exact sums of one term, so nothing is lost.
+    """
+    joined = jnp.concatenate(p, axis=1).astype(dtype)
+    key, value, chunk = plan.key, plan.value, plan.blocks.chunk
+    if (key.interleaved, key.columns) == (value.interleaved, value.columns):
+        return joined
+    if key.columns > 1:
+        select = _selection(key, chunk, dtype, tokens_first=False)
+        joined = _dot(joined, select).astype(dtype)
+    if value.columns == 1:
+        return joined
+    select = _selection(value, chunk, dtype, tokens_first=True)
+    spread = [
+        x if mask is None else jnp.where(mask, x, 0.0)
+        for index, x in enumerate(_slices(_dot(joined, select)))
+        for mask in [_own_head(plan, value, index)]
+    ]
+    return jnp.concatenate(spread, axis=1).astype(dtype)
+
+
+def _weighted_values(
+    p: Slices, v_ref: Any, plan: Plan, j: jax.Array | int, windows: Windows | None
+) -> jax.Array:
+    """P v of chunk j: [R, Dv], or [tiles R, 128] where the values have tiles."""
+    value = plan.value
+
+    def valid(v: jax.Array) -> jax.Array:
+        if windows is None:
+            return v
+        return windows.zero_outside(v, value, jnp.asarray(j, jnp.int32))
+
+    if not value.interleaved:
+        joined = _for_values(p, plan, v_ref.dtype)
+        return jnp.concatenate(
+            [
+                _dot(
+                    joined[h * plan.head_rows : (h + 1) * plan.head_rows],
+                    valid(_head_block(v_ref, value, plan, j, h)),
+                    transposed=value.form is Form.SEQUENCE,
+                )
+                for h in range(value.heads)
+            ],
+            axis=0,
+        )
+    v = valid(_token_rows(v_ref, value, plan, j))
+    joined = _for_values(p, plan, jnp.float32 if value.tiles > 1 else v.dtype)
+    if value.tiles > 1:
+        joined = jnp.concatenate(
+            [
+                jnp.concatenate([_rotate(x, i * value.heads) for x in _slices(joined)], axis=1)
+                for i in range(value.tiles)
+            ],
+            axis=0,
+        ).astype(v.dtype)
+    return _dot(joined, v)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """The refs of the running statistics: m and l [R, 128], o as _weighted_values gives it.
+
+    All lanes of m are equal; l is the sum over its lanes.
+    """
+
+    m_ref: Any
+    l_ref: Any
+    o_ref: Any
+
+    def reset(self) -> None:
+        self.m_ref[...] = jnp.full(self.m_ref.shape, LOWEST, jnp.float32)
+        self.l_ref[...] = jnp.zeros(self.l_ref.shape, jnp.float32)
+        self.o_ref[...] = jnp.zeros(self.o_ref.shape, jnp.float32)
+
+    def load(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.m_ref[...], self.l_ref[...], self.o_ref[...]
+
+    def store(self, m: jax.Array, total: jax.Array, o: jax.Array) -> None:
+        self.m_ref[...], self.l_ref[...], self.o_ref[...] = m, total, o
+
+
+def _accumulate(
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    logits: tuple[Slices, jax.Array],
+    v_ref: Any,
+    plan: Plan,
+    j: jax.Array | int,
+    windows: Windows | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The streaming softmax over one more chunk."""
+    m, total, o = state
+    z, largest = logits
+    exponent = plan.unit * LOG2_E
+    m_new = jnp.maximum(m, largest)
+    rescale = jnp.exp2((m - m_new) * exponent)
+    p = [jnp.exp2((x - m_new) * exponent) for x in z]
+    total = total * rescale + functools.reduce(jnp.add, p)
+    by_tile = jnp.concatenate([rescale] * plan.value.tiles, axis=0)
+    o = o * _to_lanes(by_tile, o.shape[1]) + _weighted_values(p, v_ref, plan, j, windows)
+    return m_new, total, o
+
+
+def _inner_block(q: jax.Array, k_ref: Any, v_ref: Any, state: State, plan: Plan) -> None:
+    """A block that lies in every window: no masks of positions.
+
+    The logits of a chunk are written before the softmax of the one ahead of it, so that the
+    matrix units and the vector units can work at once.
+    """
+    values = state.load()
+    ahead = _logits(q, k_ref, plan, 0, None)
+    for j in range(plan.chunks):
+        logits = ahead
+        if j + 1 < plan.chunks:
+            ahead = _logits(q, k_ref, plan, j + 1, None)
+        values = _accumulate(values, logits, v_ref, plan, j, None)
+    state.store(*values)
+
+
+def _edge_block(
+    q: jax.Array,
+    k_ref: Any,
+    v_ref: Any,
+    state: State,
+    plan: Plan,
+    windows: Windows,
+    first: jax.Array,
+    last: jax.Array,
+) -> None:
+    """A block at the edge of a window: the chunks from first to last alone, masked."""
+
+    def chunk(j: jax.Array, _: None) -> None:
+        logits = _logits(q, k_ref, plan, j, windows)
+        state.store(*_accumulate(state.load(), logits, v_ref, plan, j, windows))
+
+    lax.fori_loop(first, last, chunk, None)
+
+
+def _finish(state: State, plan: Plan, out_ref: Any, m_ref: Any, l_ref: Any) -> None:
+    """Writes the results of a row; those of its queries with empty windows are fixed."""
+    m, total, o = state.load()
+    total = jnp.broadcast_to(total.sum(axis=1, keepdims=True), total.shape)
+    empty = total == 0
+    inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, total))
+    R, tiles = plan.rows, plan.value.tiles
+    if tiles > 1:
+        o = jnp.concatenate([o[i * R : (i + 1) * R] for i in range(tiles)], axis=1)
+    out_ref[0, 0] = (o * _to_lanes(inverse, o.shape[1])).astype(out_ref.dtype)
+    m_ref[0, 0] = jnp.where(empty, plan.params.mask_value, m * plan.unit).T[:1]
+    l_ref[0, 0] = total.T[:1]
+
+
+def _kernel(*refs: Any, plan: Plan) -> None:
+    work = WorkList(*refs[:SCALARS])
+    rest = list(refs[SCALARS:])
+    bounds_ref = rest.pop(0) if plan.queries > 1 else None
+    q_ref, k_ref, v_ref, out_ref, m_out_ref, l_out_ref, *scratch = rest
+    state = State(*scratch[:3])
+    core, step = pl.program_id(0), pl.program_id(1)
+    items, steps = work.size[0], work.size[1]
+    item = core * steps + step
+    valid = item < items
+    row = work.row[item]
+    start = (work.offset[row] + item) * plan.blocks.T
+    end = start + plan.blocks.T
+
+    @pl.when(valid & ((step == 0) | (work.row[jnp.maximum(item - 1, 0)] != row)))
+    def _() -> None:
+        state.reset()
+        if bounds_ref is not None:
+            for ref, bound in zip(scratch[3:], (0, 1), strict=True):
+                spread = jnp.broadcast_to(bounds_ref[0, bound : bound + 1], (LANES, plan.rows))
+                ref[...] = spread.T
+
+    inner = (work.all_start[row] <= start) & (work.all_end[row] >= end)
+
+    @pl.when(valid & inner)
+    def _() -> None:
+        _inner_block(q_ref[0], k_ref, v_ref, state, plan)
+
+    @pl.when(valid & jnp.logical_not(inner))
+    def _() -> None:
+        lo, hi = (work.start[row], work.end[row])
+        chunk = plan.blocks.chunk
+        first = lax.div(jnp.maximum(lo - start, 0), chunk)
+        last = lax.div(jnp.minimum(hi, end) - start + (chunk - 1), chunk)
+        bounds = (lo, hi) if bounds_ref is None else (scratch[3][...], scratch[4][...])
+        windows = Windows(plan, *bounds, start)
+        _edge_block(q_ref[0], k_ref, v_ref, state, plan, windows, first, last)
+
+    ends = (step == steps - 1) | (item == items - 1) | (work.row[item + 1] != row)
+
+    @pl.when(valid & ends)
+    def _() -> None:
+        _finish(state, plan, out_ref, m_out_ref, l_out_ref)
+
+
+def call(
+    plan: Plan,
+    work: WorkList,
+    bounds: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    name: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the kernel.
+
+    Args:
+      plan: its static sizes.
+      work: its work list.
+      bounds: int32 [V, 2, R], start and end of the window of each row of query.
+      query: [V, R, D].
+      key: the view of the keys.
+      value: the view of the values.
+      name: of the kernel, in HLO and profiles.
+
+    Returns:
+      The partial results of each core: normalised out [cores, V, R, Dv], in float32 if there is
+      more than one core; max_logits and denominator [cores, V, 1, R].
+    """
+    V, R, D = query.shape
+    Dv, T, cores = plan.value.head_dim, plan.blocks.T, plan.cores
+
+    def row_of(core: Any, step: Any, scalars: Any) -> tuple[Any, Any]:
+        work = WorkList(*scalars)
+        item = item_of_step(core, step, work.size)
+        return work.row[item], work.offset[work.row[item]] + item
+
+    def by_row(rank: int) -> Any:
+        return lambda c, i, *s: (row_of(c, i, s)[0], *(0,) * (rank - 1))
+
+    def by_block(layout: CacheLayout) -> Any:
+        def index(c: Any, i: Any, *s: Any) -> Any:
+            row, block = row_of(c, i, s)
+            return layout.block_index(lax.div(row, jnp.int32(plan.tiles)), block)
+
+        return index
+
+    def result(c: Any, i: Any, *s: Any) -> Any:
+        return (c, row_of(c, i, s)[0], 0, 0)
+
+    per_query = plan.queries > 1
+    o_shape = (plan.value.tiles * R, plan.value.lanes) if plan.value.interleaved else (R, Dv)
+    scratch = [(R, LANES), (R, LANES), o_shape]
+    statistic = jax.ShapeDtypeStruct((cores, V, 1, R), jnp.float32)
+    out_dtype = query.dtype if cores == 1 else jnp.float32
+    return tuple(
+        pl.pallas_call(
+            functools.partial(_kernel, plan=plan),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=SCALARS,
+                grid=(cores, work.size[1]),
+                in_specs=[
+                    *([pl.BlockSpec((1, 2, R), by_row(3))] if per_query else []),
+                    pl.BlockSpec((1, R, D), by_row(3)),
+                    pl.BlockSpec(plan.key.block_shape(T), by_block(plan.key)),
+                    pl.BlockSpec(plan.value.block_shape(T), by_block(plan.value)),
+                ],
+                out_specs=[
+                    pl.BlockSpec((1, 1, R, Dv), result),
+                    pl.BlockSpec((1, 1, 1, R), result),
+                    pl.BlockSpec((1, 1, 1, R), result),
+                ],
+                scratch_shapes=[
+                    *(pltpu.VMEM(shape, jnp.float32) for shape in scratch),
+                    *([pltpu.VMEM((R, LANES), jnp.int32)] * 2 if per_query else []),
+                ],
+            ),
+            out_shape=[
+                jax.ShapeDtypeStruct((cores, V, R, Dv), out_dtype),
+                statistic,
+                statistic,
+            ],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"),
+                vmem_limit_bytes=plan.blocks.vmem_limit,
+            ),
+            name=name,
+        )(*work, *([bounds] if per_query else []), query, key, value)
+    )
