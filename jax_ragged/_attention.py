@@ -15,6 +15,7 @@ from jax_ragged.lowering.params import (
     Implementation,
     RaggedAttentionParams,
 )
+from jax_ragged.lowering.sharding import split_alike
 from jax_ragged.primitives import ragged_attention_p
 
 
@@ -121,7 +122,8 @@ def _operands(
         starts = jnp.zeros((1,) * rank, jnp.int32)
     if rank == 2:
         key, value = jnp.expand_dims(key, 1), jnp.expand_dims(value, 1)
-    operands = (query, key, value, _window_bound(lengths, rank), _window_bound(starts, rank))
+    windows = (_window_bound(lengths, rank), _window_bound(starts, rank))
+    operands = split_alike((query, key, value, *windows), rank)
     varying = frozenset[str]().union(*map(varying_axes, operands))
     return tuple(pcast_to_varying(x, varying) for x in operands)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jax_ragged.lowering._compat import axis_context, pcast_to_varying, varying_axes
 
@@ -28,6 +28,32 @@ def axis_names(entry: Any) -> tuple[str, ...]:
     if entry is None:
         return ()
     return tuple(entry) if isinstance(entry, tuple) else (entry,)
+
+
+def split_alike(operands: Sequence[jax.Array], rank: int) -> tuple[jax.Array, ...]:
+    """Splits replicated leading dimensions over the explicit axes that split the others'.
+
+    Splitting what every device holds moves nothing. Dimensions of size 1 are shared and stay
+    whole; where two operands are split differently, both stay as they are.
+    """
+    avals = [jax.typeof(x) for x in operands]
+    mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)
+    if mesh is None or not axes_of_type(mesh, AxisType.Explicit):
+        return tuple(operands)
+    split = [{a.sharding.spec[i] for a in avals} - {None} for i in range(rank)]
+    resharded = []
+    for x, aval in zip(operands, avals, strict=True):
+        spec = list(aval.sharding.spec)
+        for i, axes in enumerate(split):
+            if len(axes) == 1 and spec[i] is None and aval.shape[i] != 1:
+                (spec[i],) = axes
+        resharded.append(_with_spec(x, mesh, PartitionSpec(*spec)))
+    return tuple(resharded)
+
+
+def _with_spec(x: jax.Array, mesh: AbstractMesh, spec: PartitionSpec) -> jax.Array:
+    sharding = NamedSharding(mesh, spec)
+    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
 
 def _named(specs: Sequence[PartitionSpec]) -> Iterator[str]:
@@ -87,17 +113,14 @@ class Layout:
         )
 
         def resharded(*operands: jax.Array) -> Sequence[jax.Array]:
-            return sharded(*map(self._reshard, operands, self.in_specs))
+            return sharded(*map(self._explicit, operands, self.in_specs))
 
         return resharded
 
-    def _reshard(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """Gives x the explicit axes of spec: it may be replicated where others are split."""
+    def _explicit(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """Gives x the explicit axes of spec, which it lacks where it was made outside the mesh."""
         explicit = axes_of_type(self.mesh, AxisType.Explicit)
         if not explicit:
             return x
         entries = (tuple(a for a in axis_names(entry) if a in explicit) for entry in spec)
-        sharding = jax.sharding.NamedSharding(
-            self.mesh, PartitionSpec(*(entry or None for entry in entries))
-        )
-        return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+        return _with_spec(x, self.mesh, PartitionSpec(*(entry or None for entry in entries)))

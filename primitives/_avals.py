@@ -255,16 +255,17 @@ def _joined_leading_axes(
     joined = []
     for i in range(rank):
         found = {
-            name: aval.sharding.spec[i]
-            for name, aval in operands.items()
-            if aval.sharding.spec[i] is not None
+            aval.sharding.spec[i]
+            for aval in operands.values()
+            if not is_one(aval.shape[i]) and not aval.sharding.mesh.empty
         }
-        if len(set(found.values())) > 1:
+        if len(found) > 1:
             raise TypeError(
                 f"{primitive}: leading dimension {i} must be sharded alike in every operand; "
-                f"got {_describe(operands)}. Reshard with jax.sharding.reshard."
+                f"got {_describe(operands)}. Reshard with jax.sharding.reshard; "
+                "jax_ragged.ragged_attention does where the others are replicated."
             )
-        joined.append(next(iter(found.values()), None))
+        joined.append(next(iter(found), None))
     return tuple(joined)
 
 
