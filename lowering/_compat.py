@@ -51,6 +51,16 @@ def axis_context(ctx: mlir.LoweringRuleContext) -> Any:
 
 
 def device_kind(ctx: mlir.LoweringRuleContext) -> str | None:
-    """The kind of device a program is lowered for, or None where no device is known (export)."""
-    devices = getattr(axis_context(ctx), "device_assignment", None)
-    return devices[0].device_kind if devices else None
+    """The kind of device a program is lowered for, or None where no device is known (export).
+
+    Undocumented: a program for one device has no device assignment while it is lowered, but the
+    client that will compile it.
+    """
+    module = ctx.module_context
+    if module.lowering_parameters.for_export:
+        return None
+    devices = getattr(module.axis_context, "device_assignment", None)
+    if not devices and module.backend is not None:
+        devices = module.backend.devices()
+    kind: str | None = devices[0].device_kind if devices else None
+    return kind
