@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jax_ragged.lowering import reference
-from jax_ragged.lowering._compat import pcast_to_varying, varying_axes
+from jax_ragged.lowering._compat import INLINE_EQUATIONS, pcast_to_varying, varying_axes
 from jax_ragged.lowering.params import (
     DEFAULT_MASK_VALUE,
     Implementation,
@@ -130,7 +130,7 @@ def _operands(
 
 # inline: in a jaxpr the equation stands by itself. jit: an eager call is one cached program,
 # with no copy of the cache for the inserted dimension.
-@functools.partial(jax.jit, static_argnames="params", inline=True)
+@functools.partial(jax.jit, static_argnames="params", inline=INLINE_EQUATIONS)
 def _ragged_attention(
     query: jax.Array,
     key: jax.Array,
@@ -144,7 +144,7 @@ def _ragged_attention(
     return RaggedAttention(*ragged_attention_p.bind(*operands, params=params))
 
 
-@functools.partial(jax.jit, static_argnames="params", inline=True)
+@functools.partial(jax.jit, static_argnames="params", inline=INLINE_EQUATIONS)
 def _reference_ragged_attention(
     query: jax.Array,
     key: jax.Array,

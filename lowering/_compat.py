@@ -5,7 +5,12 @@ from typing import Any
 
 import jax
 from jax._src import config as _config
+from jax.extend.core import Jaxpr
 from jax.interpreters import mlir
+
+# `inline=` of a jit whose equations stand in the enclosing jaxpr: from 0.11 on, where it is an
+# enum, True inlines when lowering only.
+INLINE_EQUATIONS: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
 
 
 def interpret_mode() -> Any:
@@ -64,3 +69,11 @@ def device_kind(ctx: mlir.LoweringRuleContext) -> str | None:
         devices = module.backend.devices()
     kind: str | None = devices[0].device_kind if devices else None
     return kind
+
+
+def opened(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
+    """A jaxpr and the values of its constants, whether it is closed or not.
+
+    From 0.12 on a Jaxpr holds its constants, and there is no ClosedJaxpr around it.
+    """
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
