@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 
 # Before JAX starts a backend. Without this, a machine that has libtpu (a test extra, for its
 # compiler) but no TPU would look for one.
@@ -10,6 +11,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import hypothesis
 import jax
+import pytest
 
 # Eight CPU devices stand for a mesh; what is not sharded runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -18,3 +20,19 @@ hypothesis.settings.register_profile(
     "deterministic", derandomize=True, deadline=None, database=None, print_blob=True
 )
 hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture
+def fast_compile() -> Iterator[None]:
+    """XLA without its expensive optimisations: most of a small test's time, none of its point."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Runs a test with 64-bit types."""
+    with jax.enable_x64(True):
+        yield

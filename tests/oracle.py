@@ -133,7 +133,10 @@ def vjp(
     logits_soft_cap: float | None = None,
     mask_value: float = -2.381976426469702e38,
 ) -> Gradients:
-    """The cotangents of query, key and value for those of the results; None is 0."""
+    """The cotangents of query, key and value for those of the results; None is 0.
+
+    Of complex operands it is analytic, so that the complex step gives its own tangents.
+    """
     query, key, value = _wide(query), _wide(key), _wide(value)
     if query.ndim == 3:
         out_bar, m_bar, l_bar = (None if c is None else np.asarray(c)[:, None] for c in cotangents)
@@ -157,7 +160,8 @@ def vjp(
         np.zeros(shape) if c is None else _wide(c)
         for shape, c in zip(shapes, cotangents, strict=True)
     )
-    query_bar, key_bar, value_bar = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
+    dtype = np.result_type(query, key, value, out_bar, m_bar, l_bar)
+    query_bar, key_bar, value_bar = (np.zeros(x.shape, dtype) for x in (query, key, value))
     for b, q, h in np.ndindex(B, Q, Hq):
         window = list(windows[b][q])
         if not window:
@@ -169,7 +173,7 @@ def vjp(
         if logits_soft_cap is not None:
             logits = logits_soft_cap * np.tanh(scaled / logits_soft_cap)
             slope = 1 / np.cosh(scaled / logits_soft_cap) ** 2
-        first = np.argmax(logits)
+        first = np.argmax(logits.real)
         weights = np.exp(logits - logits[first])
         P = weights / weights.sum()
         # Jacobians with respect to the logits, a row for each element of the result.
