@@ -99,11 +99,11 @@ def forward(
     p = jnp.exp(z - m[..., None])
     denominator = p.sum(axis=-1)
     out = _dot("bqhgs,bshe->bqhge", p, zero_outside(value, valid))
-    out = out * _inverse(denominator)[..., None]
+    out = out * inverse(denominator)[..., None]
     return _ungroup(out.astype(query.dtype)), _ungroup(m), _ungroup(denominator)
 
 
-def _inverse(denominator: jax.Array) -> jax.Array:
+def inverse(denominator: jax.Array) -> jax.Array:
     """1 / l, and 0 for an empty window, in values and derivatives."""
     empty = denominator == 0
     return jnp.where(empty, 0, 1 / jnp.where(empty, 1, denominator))
@@ -138,7 +138,7 @@ def _softmax(
     else:
         t_star = jnp.argmax(masked, axis=-1, keepdims=True)
         at_max = (lax.broadcasted_iota(t_star.dtype, z.shape, z.ndim - 1) == t_star) & valid
-    return _Softmax(p, dz_ds, at_max, valid, _inverse(denominator)[..., None])
+    return _Softmax(p, dz_ds, at_max, valid, inverse(denominator)[..., None])
 
 
 def jvp(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import Arrays3
-from jax_ragged.lowering.tpu import block_size, forward as kernel, work_list
+from jax_ragged.lowering.reference import Arrays3, Optional3
+from jax_ragged.lowering.tpu import backward, block_size, forward as kernel, work_list
 from jax_ragged.lowering.tpu.block_size import Blocks, Problem
 from jax_ragged.lowering.tpu.chips import Chip, chip_of
 from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheLayout, round_up
@@ -33,7 +33,6 @@ def unsupported(
     Raises:
       NotImplementedError: for a chip or a head dimension that no kernel takes.
     """
-    del operation
     sizes = (*query.shape, *key.shape, *value.shape)
     if not all(isinstance(n, int) for n in sizes):
         return "a Pallas kernel needs static shapes, and these are symbolic"
@@ -51,7 +50,11 @@ def unsupported(
         )
     if 0 in sizes:
         return "there is nothing to compute"
-    chosen = _Call(query, key, value).blocks(chip, params)
+    chosen = (
+        _Call(query, key, value).blocks(chip, params)
+        if operation == "forward"
+        else backward.choose(query, key, value, params, chip)
+    )
     return chosen if isinstance(chosen, str) else None
 
 
@@ -97,9 +100,9 @@ class _Call:
 
     def window_rows(self, x: jax.Array) -> jax.Array:
         """[V, queries] to the bound of each row, [V, R]."""
-        x = jnp.broadcast_to(
-            x[:, None, :, None], (self.V, self.Hkv, self.queries, self.G)
-        ).reshape(self.V, self.Hkv, -1)
+        x = jnp.broadcast_to(x[:, None, :, None], (self.V, self.Hkv, self.queries, self.G)).reshape(
+            self.V, self.Hkv, -1
+        )
         return self._pad_rows(x[..., None])[..., 0]
 
     def to_rows(self, query: jax.Array) -> jax.Array:
@@ -160,7 +163,7 @@ def forward(
     outs, max_logits, denominators = kernel.call(
         plan,
         work,
-        jnp.stack([call.window_rows(lo), call.window_rows(hi)], axis=1),
+        jnp.stack([call.window_rows(x)[:, : plan.P] for x in (lo, hi)], axis=1),
         call.to_rows(query),
         call.key.view(call.pad_cache(key)),
         call.value.view(call.pad_cache(value)),
@@ -178,3 +181,42 @@ def forward(
         call.from_rows(max_logit[..., None])[..., 0],
         call.from_rows(denominator[..., None])[..., 0],
     )
+
+
+def jvp(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *rest: Any,
+    params: RaggedAttentionParams,
+    device_kind: str | None = None,
+) -> Arrays3:
+    """As `reference.jvp`, for what `unsupported` does not refuse."""
+    problem = _derivative(query, key, value, params, device_kind)
+    return backward.jvp(problem, query, key, value, *rest)
+
+
+def vjp(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *rest: Any,
+    params: RaggedAttentionParams,
+    device_kind: str | None = None,
+) -> Optional3:
+    """As `reference.vjp`, for what `unsupported` does not refuse."""
+    problem = _derivative(query, key, value, params, device_kind)
+    return backward.vjp(problem, query, key, value, *rest)
+
+
+def _derivative(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    params: RaggedAttentionParams,
+    device_kind: str | None,
+) -> backward.Problem:
+    problem = backward.choose(query, key, value, params, chip_of(device_kind))
+    if isinstance(problem, str):
+        raise NotImplementedError(f"ragged_attention: {problem}. Pass block_size=None.")
+    return problem
