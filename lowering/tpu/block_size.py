@@ -137,9 +137,7 @@ def _chunk(problem: Problem, T: int) -> int:
     columns = CHUNK_REGISTERS * SUBLANES * LANES // problem.rows
     wanted = min(columns, MAX_COLUMNS) // problem.key.columns // problem.granule
     granules = T // problem.granule
-    return problem.granule * max(
-        n for n in range(1, max(wanted, 1) + 1) if granules % n == 0
-    )
+    return problem.granule * max(n for n in range(1, max(wanted, 1) + 1) if granules % n == 0)
 
 
 def _blocks(problem: Problem, chip: Chip, T: int) -> Blocks:

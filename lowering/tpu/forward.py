@@ -33,7 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu.block_size import Blocks
-from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form
+from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheLayout, Form
 from jax_ragged.lowering.tpu.work_list import SCALARS, WorkList, item_of_step
 
 LOG2_E = math.log2(math.e)
@@ -70,6 +70,21 @@ class Plan:
     params: RaggedAttentionParams
 
     @property
+    def compact(self) -> bool:
+        """Whether the logits of the heads of a token are brought together in one row."""
+        heads_fit = self.key.interleaved and LANES % self.key.columns == 0
+        return heads_fit and self.rows % self._compact_rows == 0
+
+    @property
+    def _compact_rows(self) -> int:
+        return math.lcm(SUBLANES, self.head_rows)
+
+    @property
+    def P(self) -> int:
+        """Rows of the logits after `_compact`."""
+        return self._compact_rows if self.compact else self.rows
+
+    @property
     def unit(self) -> float:
         """Logit = z unit."""
         p = self.params
@@ -103,8 +118,29 @@ def _to_lanes(x: jax.Array, n: int) -> jax.Array:
     return x if x.shape[1] == n else x[:, :n]
 
 
-def _lane(rows: int, start: int) -> jax.Array:
-    return start + lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+def _quotient(x: jax.Array, n: int) -> jax.Array:
+    """X // n of natural numbers."""
+    return x >> (n.bit_length() - 1) if n & (n - 1) == 0 else lax.div(x, jnp.int32(n))
+
+
+def _remainder(x: jax.Array, n: int) -> jax.Array:
+    """X % n of natural numbers."""
+    return x & (n - 1) if n & (n - 1) == 0 else lax.rem(x, jnp.int32(n))
+
+
+def _column(rows: int, start: int, period: int) -> jax.Array:
+    """The columns from start on, modulo period, by lane: [rows, 128].
+
+    Where the period divides the lanes, all starts give one expression, computed once.
+    """
+    lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+    return _remainder(lane + start % period, period)
+
+
+def _token(rows: int, start: int, columns: int) -> jax.Array:
+    """The tokens of the columns from start on, by lane: [rows, 128]."""
+    lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+    return _quotient(lane + start % columns, columns) + start // columns
 
 
 class Windows:
@@ -113,12 +149,12 @@ class Windows:
     def __init__(
         self, plan: Plan, lo: jax.Array, hi: jax.Array, block_start: jax.Array
     ) -> None:
-        """lo and hi are scalars, or [R, 128] where queries have windows of their own."""
+        """lo and hi are scalars, or [P, 128] where queries have windows of their own."""
         self._plan, self._lo, self._hi, self._start = plan, lo, hi, block_start
 
     def mask(self, layout: CacheLayout, j: jax.Array, index: int) -> jax.Array:
-        """Which columns of the index-th 128 of chunk j lie in the windows: bool [R, 128]."""
-        token = lax.div(_lane(self._plan.rows, index * LANES), layout.columns)
+        """Which columns of the index-th 128 of chunk j lie in the windows: bool [P, 128]."""
+        token = _token(self._plan.P, index * LANES, layout.columns)
         base = self._start + j * self._plan.blocks.chunk
         return (token >= self._lo - base) & (token < self._hi - base)
 
@@ -132,7 +168,7 @@ class Windows:
         """
         axis = 1 if layout.form is Form.SEQUENCE else 0
         if self._plan.queries == 1:
-            token = lax.div(lax.broadcasted_iota(jnp.int32, v.shape, axis), layout.columns)
+            token = _quotient(lax.broadcasted_iota(jnp.int32, v.shape, axis), layout.columns)
             base = self._start + j * self._plan.blocks.chunk
             inside = (token >= self._lo - base) & (token < self._hi - base)
         else:
@@ -153,16 +189,81 @@ class Windows:
         return jnp.concatenate(parts, axis=axis)
 
 
-def _own_head(plan: Plan, layout: CacheLayout, index: int) -> jax.Array | None:
-    """Which columns are of the row's head, in the first tile: bool [R, 128], or None for all."""
-    if layout.columns == 1:
-        return None
-    head = lax.div(
-        lax.broadcasted_iota(jnp.int32, (plan.rows, LANES), 0), jnp.int32(plan.head_rows)
+def _own_head(
+    plan: Plan, layout: CacheLayout, index: int, first: int = 0, rows: int | None = None
+) -> jax.Array:
+    """Which columns of the index-th 128 are of the row's head, in the first tile.
+
+    Args:
+      plan: of the kernel.
+      layout: of the columns.
+      index: of the 128 columns.
+      first: the first row, a multiple of the rows of one head.
+      rows: how many rows, R if None.
+
+    Returns:
+      bool [rows, 128].
+    """
+    shape = (plan.rows if rows is None else rows, LANES)
+    head = _quotient(lax.broadcasted_iota(jnp.int32, shape, 0), plan.head_rows)
+    head = head + first // plan.head_rows
+    if plan.rows % plan.head_rows or plan.rows // plan.head_rows > layout.heads:
+        # Of the rows that pad R, the head is none.
+        head = jnp.where(head < layout.heads, head, layout.columns)
+    return _column(shape[0], index * LANES, layout.columns) == head
+
+
+def _compact(plan: Plan, x: jax.Array) -> jax.Array:
+    """Brings together what of 128 columns is of the row's head: [R, 128] to [P, 128].
+
+    A column is of one head alone, so in all rows but that head's its logits are of no use.
+    Selecting the row blocks by column leaves R / P times less to mask, exponentiate and sum.
+    """
+    P, columns = plan.P, plan.key.columns
+    heads = P // plan.head_rows
+    column = _column(P, 0, columns)
+    z = x[:P]
+    for first in range(heads, plan.key.heads, heads):
+        i = first // heads
+        z = jnp.where(column >= first, x[i * P : (i + 1) * P], z)
+    return z
+
+
+def _spread(plan: Plan, p: jax.Array) -> jax.Array:
+    """The inverse of `_compact`: [P, 128] to [R, 128], 0 where a column is of another head."""
+    if not plan.compact or plan.key.columns == 1:
+        return p
+    return jnp.concatenate(
+        [
+            jnp.where(_own_head(plan, plan.key, 0, first, plan.P), p, 0.0)
+            for first in range(0, plan.rows, plan.P)
+        ],
+        axis=0,
     )
-    # Of the rows that pad R, the head is none.
-    head = jnp.where(head < layout.heads, head, layout.columns)
-    return lax.rem(_lane(plan.rows, index * LANES), layout.columns) == head
+
+
+def _by_row(plan: Plan, x: jax.Array) -> jax.Array:
+    """Statistics by lane, [P, 128], to statistics by row with equal lanes, [R, 128]."""
+    if not plan.compact or plan.key.columns == 1:
+        return x
+    rows = [
+        jnp.where(_own_head(plan, plan.key, 0, first, plan.P), x, LOWEST)
+        for first in range(0, plan.rows, plan.P)
+    ]
+    return jnp.concatenate(
+        [jnp.broadcast_to(r.max(axis=1, keepdims=True), r.shape) for r in rows], axis=0
+    )
+
+
+def _across_lanes(plan: Plan, x: jax.Array, combine: Any, reduce: Any) -> jax.Array:
+    """Combines the columns of one head, and gives each of them the result: [P, 128]."""
+    if not plan.compact or plan.key.columns == 1:
+        return jnp.broadcast_to(reduce(x, axis=1, keepdims=True), x.shape)
+    shift = LANES // 2
+    while shift >= plan.key.columns:
+        x = combine(x, pltpu.roll(x, shift, 1))
+        shift //= 2
+    return x
 
 
 def _token_rows(ref: Any, layout: CacheLayout, plan: Plan, j: jax.Array | int) -> jax.Array:
@@ -219,25 +320,35 @@ def _products(q: jax.Array, k_ref: Any, plan: Plan, j: jax.Array | int) -> Slice
 
 def _logits(
     q: jax.Array, k_ref: Any, plan: Plan, j: jax.Array | int, windows: Windows | None
-) -> tuple[Slices, jax.Array]:
-    """The logits of chunk j, -inf where masked, and their maximum by row, [R, 1]."""
+) -> Slices:
+    """The logits of chunk j, -inf where masked: [P, 128] for each 128 columns."""
     p = plan.params
     z = _products(q, k_ref, plan, j)
+    if plan.compact:
+        z = [_compact(plan, x) for x in z]
     if p.logits_soft_cap is not None:
         factor = p.softmax_scale / p.logits_soft_cap
         z = [p.logits_soft_cap * jnp.tanh(x * factor) for x in z]
     elif p.softmax_scale <= 0:
         z = [x * p.softmax_scale for x in z]
-    masked = []
-    for index, x in enumerate(z):
-        masks = [_own_head(plan, plan.key, index)]
-        if windows is not None:
-            masks.append(windows.mask(plan.key, jnp.asarray(j, jnp.int32), index))
-        needed = [mask for mask in masks if mask is not None]
-        if needed:
-            x = jnp.where(functools.reduce(jnp.logical_and, needed), x, -jnp.inf)
-        masked.append(x)
-    return masked, functools.reduce(jnp.maximum, masked).max(axis=1, keepdims=True)
+    return [_masked(x, plan, j, index, windows) for index, x in enumerate(z)]
+
+
+def _masked(
+    z: jax.Array, plan: Plan, j: jax.Array | int, index: int, windows: Windows | None
+) -> jax.Array:
+    key, masks = plan.key, []
+    if not plan.compact and key.columns > 1:
+        masks.append(_own_head(plan, key, index))
+    if plan.compact and (plan.P > plan.head_rows or key.tiles > 1):
+        heads = plan.P // plan.head_rows
+        column = _column(plan.P, 0, key.columns)
+        row = lax.broadcasted_iota(jnp.int32, z.shape, 0)
+        own = _remainder(column, heads) == _quotient(row, plan.head_rows)
+        masks.append(own & (column < key.heads) if key.tiles > 1 else own)
+    if windows is not None:
+        masks.append(windows.mask(key, jnp.asarray(j, jnp.int32), index))
+    return jnp.where(functools.reduce(jnp.logical_and, masks), z, -jnp.inf) if masks else z
 
 
 def _selection(layout: CacheLayout, chunk: int, dtype: Any, *, tokens_first: bool) -> jax.Array:
@@ -246,15 +357,15 @@ def _selection(layout: CacheLayout, chunk: int, dtype: Any, *, tokens_first: boo
     shape = shape[::-1] if tokens_first else shape
     column = lax.broadcasted_iota(jnp.int32, shape, 1 if tokens_first else 0)
     token = lax.broadcasted_iota(jnp.int32, shape, 0 if tokens_first else 1)
-    return jnp.where(lax.div(column, layout.columns) == token, 1.0, 0.0).astype(dtype)
+    return jnp.where(_quotient(column, layout.columns) == token, 1.0, 0.0).astype(dtype)
 
 
 def _for_values(p: Slices, plan: Plan, dtype: Any) -> jax.Array:
-    """The probabilities in the columns of the values, [R, columns].
+    """The probabilities [P, 128] in the rows and columns of the values, [R, columns].
 
-    They are exact sums of one term, so nothing is lost.
+    What the matrices select are sums of one term, so nothing is lost.
     """
-    joined = jnp.concatenate(p, axis=1).astype(dtype)
+    joined = jnp.concatenate([_spread(plan, x) for x in p], axis=1).astype(dtype)
     key, value, chunk = plan.key, plan.value, plan.blocks.chunk
     if (key.interleaved, key.columns) == (value.interleaved, value.columns):
         return joined
@@ -265,9 +376,8 @@ def _for_values(p: Slices, plan: Plan, dtype: Any) -> jax.Array:
         return joined
     select = _selection(value, chunk, dtype, tokens_first=True)
     spread = [
-        x if mask is None else jnp.where(mask, x, 0.0)
+        jnp.where(_own_head(plan, value, index), x, 0.0)
         for index, x in enumerate(_slices(_dot(joined, select)))
-        for mask in [_own_head(plan, value, index)]
     ]
     return jnp.concatenate(spread, axis=1).astype(dtype)
 
@@ -311,9 +421,10 @@ def _weighted_values(
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """The refs of the running statistics: m and l [R, 128], o as _weighted_values gives it.
+    """The refs of the running statistics: m and l [P, 128], o as _weighted_values gives it.
 
-    All lanes of m are equal; l is the sum over its lanes.
+    A lane of m holds the maximum of the head of its column; a lane of l the sum of its own
+    columns alone.
     """
 
     m_ref: Any
@@ -325,48 +436,50 @@ class State:
         self.l_ref[...] = jnp.zeros(self.l_ref.shape, jnp.float32)
         self.o_ref[...] = jnp.zeros(self.o_ref.shape, jnp.float32)
 
-    def load(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.m_ref[...], self.l_ref[...], self.o_ref[...]
+    def update(
+        self,
+        plan: Plan,
+        z: list[Slices],
+        v_ref: Any,
+        chunks: list[Any],
+        windows: Windows | None,
+    ) -> None:
+        """The streaming softmax over more chunks, whose logits are z."""
+        exponent = plan.unit * LOG2_E
+        largest = functools.reduce(jnp.maximum, [x for slices in z for x in slices])
+        m = self.m_ref[...]
+        m_new = jnp.maximum(m, _across_lanes(plan, largest, jnp.maximum, jnp.max))
+        rescale = jnp.exp2((m - m_new) * exponent)
+        p = [[jnp.exp2((x - m_new) * exponent) for x in slices] for slices in z]
+        self.m_ref[...] = m_new
+        self.l_ref[...] = self.l_ref[...] * rescale + functools.reduce(
+            jnp.add, [x for slices in p for x in slices]
+        )
+        by_tile = jnp.concatenate([_by_row(plan, rescale)] * plan.value.tiles, axis=0)
+        o = self.o_ref[...] * _to_lanes(by_tile, self.o_ref.shape[1])
+        for j, slices in zip(chunks, p, strict=True):
+            o += _weighted_values(slices, v_ref, plan, j, windows)
+        self.o_ref[...] = o
 
-    def store(self, m: jax.Array, total: jax.Array, o: jax.Array) -> None:
-        self.m_ref[...], self.l_ref[...], self.o_ref[...] = m, total, o
-
-
-def _accumulate(
-    state: tuple[jax.Array, jax.Array, jax.Array],
-    logits: tuple[Slices, jax.Array],
-    v_ref: Any,
-    plan: Plan,
-    j: jax.Array | int,
-    windows: Windows | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The streaming softmax over one more chunk."""
-    m, total, o = state
-    z, largest = logits
-    exponent = plan.unit * LOG2_E
-    m_new = jnp.maximum(m, largest)
-    rescale = jnp.exp2((m - m_new) * exponent)
-    p = [jnp.exp2((x - m_new) * exponent) for x in z]
-    total = total * rescale + functools.reduce(jnp.add, p)
-    by_tile = jnp.concatenate([rescale] * plan.value.tiles, axis=0)
-    o = o * _to_lanes(by_tile, o.shape[1]) + _weighted_values(p, v_ref, plan, j, windows)
-    return m_new, total, o
+    def finish(self, plan: Plan, out_ref: Any, m_out_ref: Any, l_out_ref: Any) -> None:
+        """Writes the results of a row; those of its queries with empty windows are fixed."""
+        m = _by_row(plan, self.m_ref[...])
+        total = _by_row(plan, _across_lanes(plan, self.l_ref[...], jnp.add, jnp.sum))
+        o = self.o_ref[...]
+        empty = total == 0
+        inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, total))
+        R, tiles = plan.rows, plan.value.tiles
+        if tiles > 1:
+            o = jnp.concatenate([o[i * R : (i + 1) * R] for i in range(tiles)], axis=1)
+        out_ref[0, 0] = (o * _to_lanes(inverse, o.shape[1])).astype(out_ref.dtype)
+        m_out_ref[0, 0] = jnp.where(empty, plan.params.mask_value, m * plan.unit).T[:1]
+        l_out_ref[0, 0] = total.T[:1]
 
 
 def _inner_block(q: jax.Array, k_ref: Any, v_ref: Any, state: State, plan: Plan) -> None:
-    """A block that lies in every window: no masks of positions.
-
-    The logits of a chunk are written before the softmax of the one ahead of it, so that the
-    matrix units and the vector units can work at once.
-    """
-    values = state.load()
-    ahead = _logits(q, k_ref, plan, 0, None)
-    for j in range(plan.chunks):
-        logits = ahead
-        if j + 1 < plan.chunks:
-            ahead = _logits(q, k_ref, plan, j + 1, None)
-        values = _accumulate(values, logits, v_ref, plan, j, None)
-    state.store(*values)
+    """A block that lies in every window: no masks of positions, and one update."""
+    chunks = list(range(plan.chunks))
+    state.update(plan, [_logits(q, k_ref, plan, j, None) for j in chunks], v_ref, chunks, None)
 
 
 def _edge_block(
@@ -382,24 +495,10 @@ def _edge_block(
     """A block at the edge of a window: the chunks from first to last alone, masked."""
 
     def chunk(j: jax.Array, _: None) -> None:
-        logits = _logits(q, k_ref, plan, j, windows)
-        state.store(*_accumulate(state.load(), logits, v_ref, plan, j, windows))
+        z = _logits(q, k_ref, plan, j, windows)
+        state.update(plan, [z], v_ref, [j], windows)
 
     lax.fori_loop(first, last, chunk, None)
-
-
-def _finish(state: State, plan: Plan, out_ref: Any, m_ref: Any, l_ref: Any) -> None:
-    """Writes the results of a row; those of its queries with empty windows are fixed."""
-    m, total, o = state.load()
-    total = jnp.broadcast_to(total.sum(axis=1, keepdims=True), total.shape)
-    empty = total == 0
-    inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, total))
-    R, tiles = plan.rows, plan.value.tiles
-    if tiles > 1:
-        o = jnp.concatenate([o[i * R : (i + 1) * R] for i in range(tiles)], axis=1)
-    out_ref[0, 0] = (o * _to_lanes(inverse, o.shape[1])).astype(out_ref.dtype)
-    m_ref[0, 0] = jnp.where(empty, plan.params.mask_value, m * plan.unit).T[:1]
-    l_ref[0, 0] = total.T[:1]
 
 
 def _kernel(*refs: Any, plan: Plan) -> None:
@@ -421,7 +520,7 @@ def _kernel(*refs: Any, plan: Plan) -> None:
         state.reset()
         if bounds_ref is not None:
             for ref, bound in zip(scratch[3:], (0, 1), strict=True):
-                spread = jnp.broadcast_to(bounds_ref[0, bound : bound + 1], (LANES, plan.rows))
+                spread = jnp.broadcast_to(bounds_ref[0, bound : bound + 1], (LANES, plan.P))
                 ref[...] = spread.T
 
     inner = (work.all_start[row] <= start) & (work.all_end[row] >= end)
@@ -444,7 +543,7 @@ def _kernel(*refs: Any, plan: Plan) -> None:
 
     @pl.when(valid & ends)
     def _() -> None:
-        _finish(state, plan, out_ref, m_out_ref, l_out_ref)
+        state.finish(plan, out_ref, m_out_ref, l_out_ref)
 
 
 def call(
@@ -462,7 +561,7 @@ def call(
     Args:
       plan: its static sizes.
       work: its work list.
-      bounds: int32 [V, 2, R], start and end of the window of each row of query.
+      bounds: int32 [V, 2, P], start and end of the window of each row of the logits.
       query: [V, R, D].
       key: the view of the keys.
       value: the view of the values.
@@ -473,6 +572,7 @@ def call(
       more than one core; max_logits and denominator [cores, V, 1, R].
     """
     V, R, D = query.shape
+    P = plan.P
     Dv, T, cores = plan.value.head_dim, plan.blocks.T, plan.cores
 
     def row_of(core: Any, step: Any, scalars: Any) -> tuple[Any, Any]:
@@ -495,7 +595,7 @@ def call(
 
     per_query = plan.queries > 1
     o_shape = (plan.value.tiles * R, plan.value.lanes) if plan.value.interleaved else (R, Dv)
-    scratch = [(R, LANES), (R, LANES), o_shape]
+    scratch = [(P, LANES), (P, LANES), o_shape]
     statistic = jax.ShapeDtypeStruct((cores, V, 1, R), jnp.float32)
     out_dtype = query.dtype if cores == 1 else jnp.float32
     return tuple(
@@ -505,7 +605,7 @@ def call(
                 num_scalar_prefetch=SCALARS,
                 grid=(cores, work.size[1]),
                 in_specs=[
-                    *([pl.BlockSpec((1, 2, R), by_row(3))] if per_query else []),
+                    *([pl.BlockSpec((1, 2, P), by_row(3))] if per_query else []),
                     pl.BlockSpec((1, R, D), by_row(3)),
                     pl.BlockSpec(plan.key.block_shape(T), by_block(plan.key)),
                     pl.BlockSpec(plan.value.block_shape(T), by_block(plan.value)),
@@ -517,7 +617,7 @@ def call(
                 ],
                 scratch_shapes=[
                     *(pltpu.VMEM(shape, jnp.float32) for shape in scratch),
-                    *([pltpu.VMEM((R, LANES), jnp.int32)] * 2 if per_query else []),
+                    *([pltpu.VMEM((P, LANES), jnp.int32)] * 2 if per_query else []),
                 ],
             ),
             out_shape=[
