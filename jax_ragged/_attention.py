@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.sharding import PartitionSpec
 
 from jax_ragged.lowering import reference
@@ -33,6 +34,10 @@ class RaggedAttention(NamedTuple):
     max_logits: jax.Array
     denominator: jax.Array
 
+
+export.register_namedtuple_serialization(
+    RaggedAttention, serialized_name="jax_ragged.RaggedAttention"
+)
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
