@@ -1,14 +1,13 @@
 """Ragged attention on Hopper GPUs: a Pallas Mosaic GPU kernel that reads only the windows.
 
-The rows of a tile are the queries and query heads (q, g) that share one KV head of one row b of
-the cache, at most 64 of them, padded to the 64 rows of a wgmma. A tile's window is the hull of
-its queries' windows, cut into blocks of T positions. The blocks of all tiles stand in one line,
-
-    [row b][KV head h][block j],
-
-of which every one of a fixed number of CTAs takes an equal, contiguous share: so few long rows
-fill the chip, and many short ones are balanced. A share falls into segments, one a tile, and a
-segment gives partial results, unnormalised:
+A tile is what one row b of the cache has to do for one column: for a KV head h and up to 64 of
+the queries and query heads (q, g) that share it, padded to the 64 rows of a wgmma. A tile's
+window is the hull of its queries' windows, cut into blocks of T positions. The blocks of all
+rows stand in one line, of which each of a fixed number of CTAs, the parts, takes an equal,
+contiguous share, for each column: so few long rows fill the chip, and many short ones are
+balanced. The CTAs of one part read neighbouring heads of the same positions at the same time,
+which the memory likes. A share falls into segments, one a row, and a segment gives partial
+results, unnormalised:
 
     m = max z_t        l = sum exp(z_t - m)        a = sum exp(z_t - m) v_t
 
@@ -42,6 +41,12 @@ _SWIZZLE_ROWS, _SWIZZLE_BYTES = 8, 128
 _HEAD_DIMS = (64, 128, 256)
 _MULTIPROCESSORS = 132
 _SHARED_MEMORY = 227 * 1024
+# Of shared memory, for the tables, if they fit.
+_TABLES_BYTES = 20 * 1024
+# Partial results that the merging kernel loads at once.
+_MERGED_TOGETHER = 4
+# Columns of a partial accumulator that are copied at a time.
+_STAGED_COLUMNS = 64
 _LOG2_E = math.log2(math.e)
 
 
@@ -59,7 +64,7 @@ class _Plan:
       warpgroups: that compute, taking the blocks of a segment in turn.
       stages: blocks of keys and of values in flight.
       query_stages: tiles of queries in flight.
-      ctas: that share the work.
+      parts: of the line of blocks.
     """
 
     B: int
@@ -75,7 +80,7 @@ class _Plan:
     warpgroups: int
     stages: int
     query_stages: int
-    ctas: int
+    parts: int
 
     @property
     def G(self) -> int:
@@ -95,22 +100,39 @@ class _Plan:
         return min(_ceil_to(self.rows, _SWIZZLE_ROWS), _WGMMA_ROWS)
 
     @property
-    def groups(self) -> int:
-        """Groups of Hkv tiles with the same windows."""
-        return self.B * self.row_tiles
-
-    @property
-    def tiles(self) -> int:
-        return self.groups * self.Hkv
+    def columns(self) -> int:
+        """What is done for each row of the cache: KV heads, by tiles of their queries."""
+        return self.Hkv * self.row_tiles
 
     @property
     def partials(self) -> int:
-        return (self.tiles + self.ctas) * self.warpgroups
+        """At most: a segment starts with a row or with a part."""
+        return self.columns * (self.B + self.parts) * self.warpgroups
 
     @property
     def accumulator_columns(self) -> int:
         """Dv, but not less than the merging kernel's threads."""
         return max(self.Dv, 128)
+
+    @property
+    def tables(self) -> int:
+        """How many tables there are."""
+        return 3 if self.Q == 1 else 5
+
+    @property
+    def lines(self) -> int:
+        """Different lines of blocks; with one query, the tiles of a row have the same window."""
+        return 1 if self.Q == 1 else self.row_tiles
+
+    @property
+    def line_size(self) -> int:
+        """Rows, in whole units of what the copy engine moves."""
+        return _ceil_to(self.B, 4)
+
+    @property
+    def tables_in_shared_memory(self) -> bool:
+        size = self.tables * self.lines * _ceil_to(self.line_size, 32) * 4
+        return size <= _TABLES_BYTES and self.lines <= 8
 
     @property
     def chunk(self) -> int:
@@ -124,7 +146,7 @@ class _Plan:
 
 
 def _plan(
-    query: jax.Array, key: jax.Array, value: jax.Array, params: RaggedAttentionParams, ctas: int
+    query: jax.Array, key: jax.Array, value: jax.Array, params: RaggedAttentionParams
 ) -> _Plan:
     B, Q, Hq, D = query.shape
     S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
@@ -133,205 +155,282 @@ def _plan(
     itemsize = jnp.dtype(query.dtype).itemsize
     query_stages = 2 if D <= 128 else 1
     queries = query_stages * _WGMMA_ROWS * D * itemsize
-    results = warpgroups * _WGMMA_ROWS * Dv * 4
-    left = _SHARED_MEMORY - queries - results - 8 * 1024
+    results = warpgroups * _WGMMA_ROWS * _STAGED_COLUMNS * 4
+    left = _SHARED_MEMORY - queries - results - _TABLES_BYTES - 4 * 1024
     stages = left // (T * (D + Dv) * itemsize) // warpgroups * warpgroups
     return _Plan(
         B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), params,
-        T, warpgroups, min(stages, 8), query_stages, ctas,
+        T, warpgroups, min(stages, 8), query_stages, _parts(Hkv * -(-Q * (Hq // Hkv) // _WGMMA_ROWS)),
     )  # fmt: skip
 
 
-# Columns of the table of groups: the first block's first position; the number of blocks; the
-# hull of the windows; where all windows overlap; the blocks of this and all groups before; the
-# next group that has blocks.
-_BASE, _BLOCKS, _LOW, _HIGH, _INNER_LOW, _INNER_HIGH, _NEXT = range(7)
-# Columns of the table of shares: the first group, head and block; the blocks; the segments.
-_GROUP, _HEAD, _BLOCK, _COUNT, _SEGMENTS = range(5)
+def _parts(columns: int) -> int:
+    """How many parts, with a CTA for each column, fill the multiprocessors best."""
+
+    def filled(waves: int) -> float:
+        parts = waves * _MULTIPROCESSORS // columns
+        # Fewer waves are better: each begins and ends with an idle memory.
+        return parts * columns / (waves * _MULTIPROCESSORS) - 0.02 * waves
+
+    fewest = -(-columns // _MULTIPROCESSORS)
+    waves = max(range(fewest, fewest + 4), key=filled)
+    return waves * _MULTIPROCESSORS // columns
 
 
 @dataclasses.dataclass(frozen=True)
-class _Schedule:
-    """What is to be read, and by whom.
+class _Tables:
+    """Where the work lies, by line and row; in kernels, refs of the same names.
 
     Attributes:
-      groups: i32 [groups, 7], the table of groups.
-      shares: i32 [ctas, 5], the table of shares.
-      merges: i32 [groups, 3]: the first block and the number of blocks of each group's first
-        tile, and the number of all blocks.
-      low, high: i32 [groups, 64], the window of each row of a tile.
+      start, end: i32 [lines, rows]: as the caller gave them, with one query; else the hull of
+        the windows.
+      inner_start, inner_end: where all windows overlap; start and end with one query.
+      blocks: the number of the line's blocks up to and with this row's.
+
+    The number of rows is rounded up to what the copy engine moves; the rest have no blocks.
     """
 
-    groups: jax.Array
-    shares: jax.Array
-    merges: jax.Array
-    low: jax.Array
-    high: jax.Array
+    start: Any
+    end: Any
+    inner_start: Any
+    inner_end: Any
+    blocks: Any
+
+    @classmethod
+    def of(cls, refs: Any) -> "_Tables":
+        """Of the refs of `arrays`."""
+        start, end, *inner, blocks = refs
+        return cls(start, end, *(inner or (start, end)), blocks)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """Those that are not the same."""
+        inner = () if self.inner_start is self.start else (self.inner_start, self.inner_end)
+        return (self.start, self.end, *inner, self.blocks)
+
+    def hull(self, plan: "_Plan", line: Any, row: Any) -> tuple[Any, Any]:
+        """The window of a row's tile, in positions of the joined cache; none is (0, 0)."""
+        return _joined(plan, row, self.start[line, row], self.end[line, row])
+
+    def inner(self, plan: "_Plan", line: Any, row: Any) -> tuple[Any, Any]:
+        """The positions that are in all windows of a row's tile."""
+        return _joined(plan, row, self.inner_start[line, row], self.inner_end[line, row])
+
+
+def _joined(plan: _Plan, row: Any, start: Any, end: Any) -> tuple[Any, Any]:
+    """A window of a row, clipped to the cache, in positions of the joined cache."""
+    start, end = jnp.maximum(start, 0), jnp.minimum(end, plan.S)
+    filled = end > start
+    return (
+        jnp.where(filled, start + row * plan.S, 0),
+        jnp.where(filled, end + row * plan.S, 0),
+    )
+
+
+def _first_block(low: Any) -> Any:
+    return lax.div(low, _SWIZZLE_ROWS) * _SWIZZLE_ROWS
+
+
+def _blocks(plan: _Plan, low: Any, high: Any) -> Any:
+    """The number of blocks from low to high; low <= high, and both 0 where there is nothing."""
+    return lax.div(high - _first_block(low) + (plan.T - 1), plan.T)
 
 
 def _cumsum(x: jax.Array) -> jax.Array:
-    """Inclusive, of a vector; a short one as one reduction, which is one kernel."""
-    if x.size > 1024:
-        return jnp.cumsum(x)
-    before = np.tril(np.ones((x.size, x.size), bool))
-    return jnp.where(before, x, 0).sum(axis=1, dtype=x.dtype)
+    """Inclusive, of the last axis; a short one as one reduction, which is one kernel."""
+    size = x.shape[-1]
+    if size > 1024:
+        return jnp.cumsum(x, axis=-1)
+    before = np.tril(np.ones((size, size), bool))
+    return jnp.where(before, x[:, None], 0).sum(axis=-1, dtype=x.dtype)
 
 
-def _schedule(plan: _Plan, lengths: jax.Array, starts: jax.Array) -> _Schedule:
-    low = jnp.maximum(starts, 0)
-    high = jnp.maximum(jnp.minimum(lengths, plan.S), low)
-    offset = lax.broadcasted_iota(jnp.int32, low.shape, 0) * plan.S
-    low, high = low + offset, high + offset
+def _schedule(
+    plan: _Plan, lengths: jax.Array, starts: jax.Array
+) -> tuple[_Tables, tuple[jax.Array, ...]]:
+    """The tables, and i32 [B, row_tiles, 64] the windows of a tile's rows if there are queries."""
+    windows: tuple[jax.Array, ...] = ()
+    if plan.Q == 1:
+        bounds = (starts.reshape(1, plan.B), lengths.reshape(1, plan.B))
+    else:
+        # Rows past the last query repeat it.
+        query = np.minimum(np.arange(plan.row_tiles * _WGMMA_ROWS) // plan.G, plan.Q - 1)
+        shape = (plan.B, plan.row_tiles, _WGMMA_ROWS)
+        start, end = (x[:, query].reshape(shape) for x in (starts, lengths))
+        start, end = jnp.maximum(start, 0), jnp.minimum(end, plan.S)
+        windows = _joined(plan, np.arange(plan.B)[:, None, None], start, end)
+        end_of_hull = jnp.where(end > start, end, 0).max(axis=2)
+        start_of_hull = jnp.where(end > start, start, plan.S).min(axis=2)
+        bounds = (start_of_hull, end_of_hull, start.max(axis=2), end.min(axis=2))
+        bounds = tuple(x.T for x in bounds)
+    if rest := plan.line_size - plan.B:
+        bounds = tuple(jnp.pad(x, ((0, 0), (0, rest))) for x in bounds)
+    low, high = _joined(plan, np.minimum(np.arange(plan.line_size), plan.B), *bounds[:2])
+    return _Tables.of((*bounds, _cumsum(_blocks(plan, low, high)))), windows
 
-    # Rows past the last query have empty windows.
-    query = np.minimum(np.arange(plan.row_tiles * _WGMMA_ROWS) // plan.G, plan.Q - 1)
-    real = np.arange(query.size) < plan.rows
-    low = jnp.where(real, low[:, query], 0).reshape(plan.groups, _WGMMA_ROWS)
-    high = jnp.where(real, high[:, query], 0).reshape(plan.groups, _WGMMA_ROWS)
-    real = jnp.broadcast_to(
-        real.reshape(1, plan.row_tiles, _WGMMA_ROWS), (plan.B, plan.row_tiles, _WGMMA_ROWS)
-    ).reshape(low.shape)
-    limit = np.iinfo(np.int32).max
-    hull_low = jnp.where(high > low, low, limit).min(axis=1)
-    hull_high = jnp.where(high > low, high, 0).max(axis=1)
-    empty = hull_high <= hull_low
-    base = jnp.where(empty, 0, hull_low // _SWIZZLE_ROWS * _SWIZZLE_ROWS)
-    blocks = jnp.where(empty, 0, (hull_high - base + plan.T - 1) // plan.T)
-    inner_low = jnp.where(real, low, 0).max(axis=1)
-    inner_high = jnp.where(real, high, limit).min(axis=1)
 
-    ends = _cumsum(blocks)
-    group = jnp.arange(plan.groups, dtype=jnp.int32)
-    later = jnp.where(blocks > 0, group, plan.groups)
-    following = jnp.concatenate([later[1:], jnp.full((1,), plan.groups, jnp.int32)])
-    following = lax.cummin(following, reverse=True)
-    groups = jnp.stack(
-        [base, blocks, hull_low, hull_high, inner_low, inner_high, following], axis=1
-    )
-    total = ends[-1] * plan.Hkv
-    merges = jnp.stack([(ends - blocks) * plan.Hkv, blocks, jnp.full_like(ends, total)], axis=1)
-    cta = jnp.arange(plan.ctas, dtype=jnp.int32)
-    share, rest = total // plan.ctas, total % plan.ctas
-    first = cta * share + jnp.minimum(cta, rest)
-    count = share + (cta < rest)
-    # The tile of the first and of the last block, among those that have blocks.
-    filled = _cumsum((blocks > 0).astype(jnp.int32))
+def _share(plan: _Plan, tables: _Tables, line: Any) -> tuple[Any, Any]:
+    """The blocks that every part has, and how many of the first parts have one more."""
+    total = tables.blocks[line, plan.line_size - 1]
+    return lax.div(total, plan.parts), lax.rem(total, plan.parts)
 
-    def locate(position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        group = (ends[None] * plan.Hkv <= position[:, None]).sum(axis=1, dtype=jnp.int32)
-        group = jnp.minimum(group, plan.groups - 1)
-        n = jnp.maximum(blocks[group], 1)
-        within = position - (ends[group] - blocks[group]) * plan.Hkv
-        return group, within // n, within % n, filled[group] * plan.Hkv + within // n
 
-    group, head, block, tile = locate(first)
-    *_, last_tile = locate(first + count - 1)
-    segments = jnp.where(count > 0, last_tile - tile + 1, 0)
-    shares = jnp.stack([group, head, block, count, segments], axis=1)
-    return _Schedule(groups, shares, merges, low, high)
+def _row_of(plan: _Plan, tables: _Tables, line: Any, position: Any) -> Any:
+    """The row of a block by its position in the line: how many rows end before it."""
+    row = jnp.int32(0)
+    for step in reversed(range((plan.B - 1).bit_length())):
+        beyond = row + (1 << step)
+        end = tables.blocks[line, jnp.minimum(beyond, plan.B) - 1]
+        row = jnp.where((beyond < plan.B) & (end <= position), beyond, row)
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """A KV head and a tile of its queries."""
+
+    number: Any
+    head: Any
+    row_tile: Any
+    line: Any
+
+    @classmethod
+    def of(cls, plan: _Plan, number: Any) -> "_Column":
+        row_tile = lax.rem(number, plan.row_tiles) if plan.row_tiles > 1 else 0
+        return cls(number, lax.div(number, plan.row_tiles), row_tile, row_tile % plan.lines)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """One CTA's part of one tile."""
+    """One CTA's part of one tile.
 
-    group: Any
-    head: Any
-    block: Any
-    left: Any
+    Attributes:
+      index: among the CTA's segments.
+      step: the CTA's blocks before it.
+      row: of the cache.
+      first: the first position.
+      count: of blocks.
+      partial: where its results go.
+    """
+
+    index: Any
     step: Any
-    blocks: Any
-    base: Any
-
-    @property
-    def count(self) -> Any:
-        return jnp.minimum(self.blocks - self.block, self.left)
+    row: Any
+    first: Any
+    count: Any
+    partial: Any
 
 
 def _for_segments(
-    plan: _Plan, groups_ref: Any, shares_ref: Any, body: Callable[[Any, _Segment], None]
+    plan: _Plan, tables: _Tables, body: Callable[[_Column, _Segment], None]
 ) -> None:
-    """Calls body(index, segment) for the segments of this CTA; step counts its blocks."""
+    """Calls body for the segments of this CTA, in order."""
     cta = lax.axis_index("cta")
-    group, head, block, left, segments = (shares_ref[cta, i] for i in range(5))
+    part = lax.div(cta, plan.columns)
+    column = _Column.of(plan, lax.rem(cta, plan.columns))
+    share, longer = _share(plan, tables, column.line)
+    begin = part * share + jnp.minimum(part, longer)
+    end = begin + share + jnp.where(part < longer, 1, 0)
 
-    def run(index: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        group, head, block, left, step = carry
+    def run(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        index, position = carry
+        row = _row_of(plan, tables, column.line, position)
+        low, high = tables.hull(plan, column.line, row)
+        blocks = _blocks(plan, low, high)
+        block = position - (tables.blocks[column.line, row] - blocks)
         segment = _Segment(
-            group, head, block, left, step, groups_ref[group, _BLOCKS], groups_ref[group, _BASE]
+            index=index,
+            step=position - begin,
+            row=row,
+            first=_first_block(low) + block * plan.T,
+            count=jnp.minimum(blocks - block, end - position),
+            partial=_partial(plan, column, row, part),
         )
-        body(index, segment)
-        next_head = head + 1
-        next_group = jnp.where(next_head == plan.Hkv, groups_ref[group, _NEXT], group)
-        count = segment.count
-        return (
-            # The last group has no next; its table row is not read then.
-            jnp.minimum(next_group, plan.groups - 1),
-            jnp.where(next_head == plan.Hkv, 0, next_head),
-            jnp.zeros_like(block),
-            left - count,
-            step + count,
-        )
+        body(column, segment)
+        return index + 1, position + segment.count
 
-    lax.fori_loop(0, segments, run, (group, head, block, left, jnp.int32(0)))
+    lax.while_loop(lambda carry: carry[1] < end, run, (jnp.int32(0), begin))
+
+
+def _partial(plan: _Plan, column: _Column, row: Any, part: Any) -> Any:
+    """The first warpgroup's place for the partial results of a row and a part.
+
+    Along the line, the row or the part or both grow, so that row + part is another every time.
+    """
+    return (column.number * (plan.B + plan.parts) + row + part) * plan.warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refs:
+    """The operands and results of the kernel, in its order."""
+
+    tables: _Tables
+    windows: tuple[Any, ...]
+    query: Any
+    key: Any
+    value: Any
+    accumulator: Any
+    maximum: Any
+    denominator: Any
 
 
 def _attend(plan: _Plan, *refs: Any, **scratch: Any) -> None:
+    tables, windows = refs[: plan.tables], refs[plan.tables : -6]
+    if plan.tables_in_shared_memory:
+
+        @pl.when(lax.axis_index("wg") == plan.warpgroups)
+        def _() -> None:
+            for i, ref in enumerate(tables):
+                for line in range(plan.lines):
+                    plgpu.copy_gmem_to_smem(
+                        ref.at[line],
+                        scratch["tables"].at[i, line, pl.ds(0, plan.line_size)],
+                        scratch["tables_full"],
+                    )
+
+        plgpu.barrier_wait(scratch["tables_full"])
+        tables = tuple(scratch["tables"].at[i] for i in range(plan.tables))
+    named = _Refs(_Tables.of(tables), windows, *refs[-6:])
+
     @pl.when(lax.axis_index("wg") == plan.warpgroups)
     def _() -> None:
         plgpu.set_max_registers(40, action="decrease")
-        _load(plan, *refs, **scratch)
+        _load(plan, named, **scratch)
 
     @pl.when(lax.axis_index("wg") < plan.warpgroups)
     def _() -> None:
         plgpu.set_max_registers(232, action="increase")
-        _compute(plan, *refs, **scratch)
+        _compute(plan, named, **scratch)
 
 
-def _load(
-    plan: _Plan,
-    groups_ref: Any,
-    shares_ref: Any,
-    low_ref: Any,
-    high_ref: Any,
-    query_ref: Any,
-    key_ref: Any,
-    value_ref: Any,
-    *_: Any,
-    **scratch: Any,
-) -> None:
+def _load(plan: _Plan, refs: _Refs, **scratch: Any) -> None:
     """Starts the copies of queries, keys and values, as far ahead as there is room."""
-    query, key, value = scratch["query"], scratch["key"], scratch["value"]
 
-    def segment(index: Any, segment: _Segment) -> None:
-        slot = lax.rem(index, plan.query_stages)
-
+    def run(column: _Column, segment: _Segment) -> None:
+        slot = lax.rem(segment.index, plan.query_stages)
         plgpu.barrier_wait(scratch["query_free"].at[slot])
-        tile = segment.group * plan.Hkv + segment.head
         # 0, but not known to be: then the copy may leave the array, and what is past it is 0.
-        start = pl.multiple_of(jnp.minimum(tile, 0), _SWIZZLE_ROWS)
+        start = pl.multiple_of(jnp.minimum(segment.index, 0), _SWIZZLE_ROWS)
         plgpu.copy_gmem_to_smem(
-            query_ref.at[tile, pl.ds(start, plan.tile_rows)],
-            query.at[slot, pl.ds(0, plan.tile_rows)],
+            refs.query.at[segment.row, column.number, pl.ds(start, plan.tile_rows)],
+            scratch["query"].at[slot, pl.ds(0, plan.tile_rows)],
             scratch["query_full"].at[slot],
         )
 
         def block(i: Any, _: None) -> None:
-            step = segment.step + i
-            slot = lax.rem(step, plan.stages)
-            position = segment.base + (segment.block + i) * plan.T
-            positions = pl.ds(pl.multiple_of(position, _SWIZZLE_ROWS), plan.T)
-            for cache_ref, cache, name in ((key_ref, key, "key"), (value_ref, value, "value")):
+            slot = lax.rem(segment.step + i, plan.stages)
+            position = pl.multiple_of(segment.first + i * plan.T, _SWIZZLE_ROWS)
+            for name, cache_ref in (("key", refs.key), ("value", refs.value)):
                 plgpu.barrier_wait(scratch[f"{name}_free"].at[slot])
                 plgpu.copy_gmem_to_smem(
-                    cache_ref.at[positions, segment.head],
-                    cache.at[slot],
+                    cache_ref.at[pl.ds(position, plan.T), column.head],
+                    scratch[name].at[slot],
                     scratch[f"{name}_full"].at[slot],
                 )
 
         lax.fori_loop(0, segment.count, block, None)
 
-    _for_segments(plan, groups_ref, shares_ref, segment)
+    _for_segments(plan, refs.tables, run)
     for name, stages in _free(plan):
         for slot in range(stages):
             plgpu.barrier_wait(scratch[name].at[slot])
@@ -356,24 +455,9 @@ def _logits(plan: _Plan, dots: jax.Array) -> jax.Array:
     return cap * _LOG2_E - (2 * cap * _LOG2_E) / (exponential + 1)
 
 
-def _compute(
-    plan: _Plan,
-    groups_ref: Any,
-    shares_ref: Any,
-    low_ref: Any,
-    high_ref: Any,
-    query_ref: Any,
-    key_ref: Any,
-    value_ref: Any,
-    accumulator_ref: Any,
-    maximum_ref: Any,
-    denominator_ref: Any,
-    **scratch: Any,
-) -> None:
+def _compute(plan: _Plan, refs: _Refs, **scratch: Any) -> None:
     """Streaming softmax over this warpgroup's blocks of each segment, and its partial results."""
     wg = lax.axis_index("wg")
-    rows = plgpu.Layout.WGMMA.reduce(1)
-    copied = pl.ds(0, plan.tile_rows)
     # All slots are free at first. A slot of the cache is only ever used by one warpgroup.
     for name, stages in _free(plan):
         for slot in range(stages):
@@ -382,103 +466,150 @@ def _compute(
             def _(name: str = name, slot: int = slot) -> None:
                 plgpu.barrier_arrive(scratch[name].at[slot])
 
-    def segment(index: Any, segment: _Segment) -> None:
-        query_slot = lax.rem(index, plan.query_stages)
-        group = segment.group
-        if plan.Q == 1:
-            low, high = groups_ref[group, _LOW], groups_ref[group, _HIGH]
-        else:
-            low, high = (
-                lax.broadcast_in_dim(
-                    plgpu.load(ref.at[group], layout=rows, optimized=False),
-                    (_WGMMA_ROWS, plan.T),
-                    [0],
-                )
-                for ref in (low_ref, high_ref)
-            )
-        inner_low, inner_high = groups_ref[group, _INNER_LOW], groups_ref[group, _INNER_HIGH]
+    def run(column: _Column, segment: _Segment) -> None:
+        query_slot = lax.rem(segment.index, plan.query_stages)
+        block = functools.partial(
+            _block, plan, refs, _windows(plan, refs, column, segment.row), query_slot, scratch
+        )
         plgpu.barrier_wait(scratch["query_full"].at[query_slot])
-
-        def block(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            accumulators, maximum, denominator = carry
-            step = segment.step + i * plan.warpgroups + skip
-            slot = lax.rem(step, plan.stages)
-            first = segment.base + (segment.block + (step - segment.step)) * plan.T
-            edge = (first < inner_low) | (first + plan.T > inner_high)
-
-            plgpu.barrier_wait(scratch["key_full"].at[slot])
-
-            def dots(accumulator_ref: Any) -> jax.Array:
-                plgpu.wgmma(
-                    accumulator_ref,
-                    scratch["query"].at[query_slot],
-                    scratch["key"].at[slot].transpose((1, 0)),
-                )
-                return accumulator_ref[...]
-
-            z = _logits(plan, pl.run_scoped(dots, plgpu.ACC((_WGMMA_ROWS, plan.T), jnp.float32)))
-            plgpu.barrier_arrive(scratch["key_free"].at[slot])
-
-            def mask(z: jax.Array) -> jax.Array:
-                position = first + plgpu.broadcasted_iota(
-                    jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA
-                )
-                return jnp.where((position >= low) & (position < high), z, -jnp.inf)
-
-            z = lax.cond(edge, mask, lambda z: z, z)
-            new_maximum = jnp.maximum(maximum, z.max(axis=1))
-            # Of a row without a position yet: -inf - -inf is NaN.
-            shift = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)
-            correction = jnp.exp2(maximum - shift)
-            p = jnp.exp2(z - lax.broadcast_in_dim(shift, z.shape, [0]))
-            denominator = denominator * correction + p.sum(axis=1)
-            p = p.astype(plan.dtype)
-
-            plgpu.barrier_wait(scratch["value_full"].at[slot])
-
-            @pl.when(edge)
-            def _() -> None:
-                _zero_outside(
-                    plan, scratch["value"].at[slot], low_ref, high_ref, groups_ref, group, first
-                )
-
-            values = scratch["value"].at[slot]
-            accumulators = tuple(
-                accumulator * lax.broadcast_in_dim(correction, accumulator.shape, [0])
-                + _product(p, values.at[:, pl.ds(i * plan.chunk, plan.chunk)])
-                for i, accumulator in enumerate(accumulators)
-            )
-            plgpu.barrier_arrive(scratch["value_free"].at[slot])
-            return accumulators, new_maximum, denominator
-
         # This warpgroup's blocks are those whose step is wg modulo the warpgroups.
-        skip = lax.rem(wg - segment.step + (1 << 30), plan.warpgroups)
+        skip = lax.rem(wg + segment.step * (plan.warpgroups - 1), plan.warpgroups)
         turns = lax.div(segment.count - skip + plan.warpgroups - 1, plan.warpgroups)
-        zeros = jnp.zeros((_WGMMA_ROWS, plan.chunk), jnp.float32)
-        initial = (
-            (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),) * (plan.Dv // plan.chunk),
-            plgpu.layout_cast(jnp.full((_WGMMA_ROWS,), -jnp.inf, jnp.float32), rows),
-            plgpu.layout_cast(jnp.zeros((_WGMMA_ROWS,), jnp.float32), rows),
-        )
-        accumulators, maximum, denominator = lax.fori_loop(0, turns, block, initial)
+
+        def take_turn(i: Any, state: _State) -> _State:
+            turn = i * plan.warpgroups + skip
+            slot = lax.rem(segment.step + turn, plan.stages)
+            return block(slot, segment.first + turn * plan.T, state)
+
+        state = lax.fori_loop(0, turns, take_turn, _initial_state(plan))
         plgpu.barrier_arrive(scratch["query_free"].at[query_slot])
+        _store_partial(plan, refs, segment.partial + wg, state, scratch)
 
-        partial = (group * plan.Hkv + segment.head + lax.axis_index("cta")) * plan.warpgroups + wg
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for i, accumulator in enumerate(accumulators):
-            scratch["accumulator"][wg, :, pl.ds(i * plan.chunk, plan.chunk)] = accumulator
-        scratch["maximum"][wg] = maximum
-        scratch["denominator"][wg] = denominator
-        plgpu.commit_smem()
-        columns = pl.ds(0, plan.Dv)
-        plgpu.copy_smem_to_gmem(
-            scratch["accumulator"].at[wg, copied], accumulator_ref.at[partial, :, columns]
-        )
-        plgpu.copy_smem_to_gmem(scratch["maximum"].at[wg, copied], maximum_ref.at[partial])
-        plgpu.copy_smem_to_gmem(scratch["denominator"].at[wg, copied], denominator_ref.at[partial])
-
-    _for_segments(plan, groups_ref, shares_ref, segment)
+    _for_segments(plan, refs.tables, run)
     plgpu.wait_smem_to_gmem(0)
+
+
+# The accumulator in chunks of columns, [64, chunk] each; the maximum and the denominator, [64].
+_State = tuple[tuple[jax.Array, ...], jax.Array, jax.Array]
+
+
+def _initial_state(plan: _Plan) -> _State:
+    rows = plgpu.Layout.WGMMA.reduce(1)
+    zeros = jnp.zeros((_WGMMA_ROWS, plan.chunk), jnp.float32)
+    return (
+        (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),) * (plan.Dv // plan.chunk),
+        plgpu.layout_cast(jnp.full((_WGMMA_ROWS,), -jnp.inf, jnp.float32), rows),
+        plgpu.layout_cast(jnp.zeros((_WGMMA_ROWS,), jnp.float32), rows),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Windows:
+    """The windows of a tile.
+
+    Attributes:
+      low, high: of its rows, [64, T]; scalars if they are one.
+      inner_low, inner_high: where all overlap.
+      low_ref, high_ref: [64], of its rows, if they are not one.
+    """
+
+    low: Any
+    high: Any
+    inner_low: Any
+    inner_high: Any
+    low_ref: Any = None
+    high_ref: Any = None
+
+
+def _windows(plan: _Plan, refs: _Refs, column: _Column, row: Any) -> _Windows:
+    inner = refs.tables.inner(plan, column.line, row)
+    if plan.Q == 1:
+        return _Windows(*inner, *inner)
+    layout, shape = plgpu.Layout.WGMMA.reduce(1), (_WGMMA_ROWS, plan.T)
+    of_rows = [x.at[row, column.row_tile] for x in refs.windows]
+    low, high = (
+        lax.broadcast_in_dim(plgpu.load(x, layout=layout, optimized=False), shape, [0])
+        for x in of_rows
+    )
+    return _Windows(low, high, *inner, *of_rows)
+
+
+def _block(
+    plan: _Plan,
+    refs: _Refs,
+    windows: _Windows,
+    query_slot: Any,
+    scratch: Mapping[str, Any],
+    slot: Any,
+    first: Any,
+    state: _State,
+) -> _State:
+    """One step of the streaming softmax."""
+    accumulators, maximum, denominator = state
+    edge = (first < windows.inner_low) | (first + plan.T > windows.inner_high)
+
+    plgpu.barrier_wait(scratch["key_full"].at[slot])
+
+    def dots(accumulator_ref: Any) -> jax.Array:
+        keys = scratch["key"].at[slot].transpose((1, 0))
+        plgpu.wgmma(accumulator_ref, scratch["query"].at[query_slot], keys)
+        return accumulator_ref[...]
+
+    z = _logits(plan, pl.run_scoped(dots, plgpu.ACC((_WGMMA_ROWS, plan.T), jnp.float32)))
+    plgpu.barrier_arrive(scratch["key_free"].at[slot])
+
+    def mask(z: jax.Array) -> jax.Array:
+        layout = plgpu.Layout.WGMMA
+        position = first + plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=layout)
+        inside = (position >= windows.low) & (position < windows.high)
+        return jnp.where(inside, z, -jnp.inf)
+
+    z = lax.cond(edge, mask, lambda z: z, z)
+    new_maximum = jnp.maximum(maximum, z.max(axis=1))
+    # Of a row without a position yet: -inf - -inf is NaN.
+    shift = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)
+    correction = jnp.exp2(maximum - shift)
+    p = jnp.exp2(z - lax.broadcast_in_dim(shift, z.shape, [0]))
+    denominator = denominator * correction + p.sum(axis=1)
+    p = p.astype(plan.dtype)
+
+    plgpu.barrier_wait(scratch["value_full"].at[slot])
+    values = scratch["value"].at[slot]
+    pl.when(edge)(functools.partial(_zero_outside, plan, windows, values, first))
+    accumulators = tuple(
+        accumulator * lax.broadcast_in_dim(correction, accumulator.shape, [0])
+        + _product(p, values.at[:, pl.ds(i * plan.chunk, plan.chunk)])
+        for i, accumulator in enumerate(accumulators)
+    )
+    plgpu.barrier_arrive(scratch["value_free"].at[slot])
+    return accumulators, new_maximum, denominator
+
+
+def _store_partial(
+    plan: _Plan, refs: _Refs, partial: Any, state: _State, scratch: Mapping[str, Any]
+) -> None:
+    """Copies the rows of a tile that are more than padding to global memory."""
+    accumulators, maximum, denominator = state
+    wg = lax.axis_index("wg")
+    rows = pl.ds(0, plan.tile_rows)
+    columns = scratch["accumulator"].shape[-1]
+    for start in range(0, plan.Dv, columns):
+        accumulator = accumulators[start // plan.chunk]
+        at = start % plan.chunk
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        scratch["accumulator"][wg] = lax.slice(
+            accumulator, (0, at), (_WGMMA_ROWS, at + columns)
+        )
+        if start == 0:
+            scratch["statistics"][wg, 0] = maximum
+            scratch["statistics"][wg, 1] = denominator
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+            scratch["accumulator"].at[wg, rows],
+            refs.accumulator.at[partial, :, pl.ds(start, columns)],
+        )
+    plgpu.copy_smem_to_gmem(scratch["statistics"].at[wg, 0, rows], refs.maximum.at[partial])
+    plgpu.copy_smem_to_gmem(scratch["statistics"].at[wg, 1, rows], refs.denominator.at[partial])
 
 
 def _product(p: jax.Array, values_ref: Any) -> jax.Array:
@@ -493,80 +624,64 @@ def _product(p: jax.Array, values_ref: Any) -> jax.Array:
     return product
 
 
-def _zero_outside(
-    plan: _Plan,
-    block_ref: Any,
-    low_ref: Any,
-    high_ref: Any,
-    groups_ref: Any,
-    group: Any,
-    first: Any,
-) -> None:
+def _zero_outside(plan: _Plan, windows: _Windows, values_ref: Any, first: Any) -> None:
     """Zeros the values of a block that lie in no window: 0 * NaN is NaN."""
     layout = plgpu.Layout.WGMMA
     if plan.Q == 1:
-        position = first + plgpu.broadcasted_iota(jnp.int32, block_ref.shape, 0, layout=layout)
-        valid = (position >= groups_ref[group, _LOW]) & (position < groups_ref[group, _HIGH])
+        position = first + plgpu.broadcasted_iota(jnp.int32, values_ref.shape, 0, layout=layout)
+        valid = (position >= windows.low) & (position < windows.high)
     else:
         position = first + plgpu.broadcasted_iota(jnp.int32, (plan.T,), 0, layout=layout.reduce(1))
 
         def windows_with(i: Any, count: jax.Array) -> jax.Array:
             r = i * plan.query_step
-            inside = (position >= low_ref[group, r]) & (position < high_ref[group, r])
+            inside = (position >= windows.low_ref[r]) & (position < windows.high_ref[r])
             return count + jnp.where(inside, 1, 0)
 
         count = plgpu.layout_cast(jnp.zeros((plan.T,), jnp.int32), layout.reduce(1))
         queries = plan.tile_rows // plan.query_step
         count = lax.fori_loop(0, queries, windows_with, count)
-        valid = lax.broadcast_in_dim(count, block_ref.shape, [0]) > 0
-    values = plgpu.load(block_ref, layout=layout)
-    block_ref[...] = jnp.where(valid, values, jnp.zeros((), values.dtype))
+        valid = lax.broadcast_in_dim(count, values_ref.shape, [0]) > 0
+    values = plgpu.load(values_ref, layout=layout)
+    values_ref[...] = jnp.where(valid, values, jnp.zeros((), values.dtype))
     plgpu.commit_smem()
 
 
-def _merge(
-    plan: _Plan,
-    merges_ref: Any,
-    accumulator_ref: Any,
-    maximum_ref: Any,
-    denominator_ref: Any,
-    out_ref: Any,
-    max_logits_ref: Any,
-    total_ref: Any,
-) -> None:
+def _merge(plan: _Plan, *refs: Any) -> None:
     """One row of the results, of the partials of its tile.
 
     m = max m_i        l = sum exp(m_i - m) l_i        o = sum exp(m_i - m) a_i / l
     """
+    tables = _Tables.of(refs[: plan.tables])
+    accumulator_ref, maximum_ref, denominator_ref, out_ref, max_logits_ref, total_ref = refs[-6:]
     index = lax.axis_index("row")
     b, query_head = lax.div(index, plan.Q * plan.Hq), lax.rem(index, plan.Q * plan.Hq)
     q, hq = lax.div(query_head, plan.Hq), lax.rem(query_head, plan.Hq)
     h = lax.div(hq, plan.G)
     r = q * plan.G + hq - h * plan.G
-    group = b * plan.row_tiles + lax.div(r, _WGMMA_ROWS)
+    column = _Column.of(plan, h * plan.row_tiles + lax.div(r, _WGMMA_ROWS))
     row = lax.rem(r, _WGMMA_ROWS)
-    tile = group * plan.Hkv + h
 
-    first_of_group, blocks, total = (merges_ref[group, i] for i in range(3))
-    share, rest = lax.div(total, plan.ctas), lax.rem(total, plan.ctas)
+    blocks = _blocks(plan, *tables.hull(plan, column.line, b))
+    share, longer = _share(plan, tables, column.line)
+    blocks_of_longer = longer * (share + 1)
 
-    def cta_of(block: Any) -> Any:
-        longer = rest * (share + 1)
+    def part_of(position: Any) -> Any:
         return jnp.where(
-            block < longer,
-            lax.div(block, share + 1),
-            rest + lax.div(block - longer, jnp.maximum(share, 1)),
+            position < blocks_of_longer,
+            lax.div(position, share + 1),
+            longer + lax.div(position - blocks_of_longer, jnp.maximum(share, 1)),
         )
 
-    first = first_of_group + h * blocks
-    first_cta, last_cta = cta_of(first), cta_of(first + blocks - 1)
-    partials = jnp.where(blocks > 0, last_cta - first_cta + 1, 0) * plan.warpgroups
-    first_partial = (tile + first_cta) * plan.warpgroups
+    last = tables.blocks[column.line, b] - 1
+    first_part, last_part = part_of(last - blocks + 1), part_of(last)
+    partials = jnp.where(blocks > 0, last_part - first_part + 1, 0) * plan.warpgroups
+    first_partial = _partial(plan, column, b, first_part)
     columns = plan.accumulator_columns
     layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=columns // 128)
 
     # Several at a time: their loads do not wait for one another.
-    together = 4
+    together = _MERGED_TOGETHER
 
     def add(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         accumulator, maximum, denominator = carry
@@ -608,16 +723,21 @@ def _scratch(plan: _Plan) -> Mapping[str, Any]:
         transforms = (plgpu.TilingTransform(tile), plgpu.SwizzleTransform(_SWIZZLE_BYTES))
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    statistics = plgpu.SMEM((plan.warpgroups, _WGMMA_ROWS), jnp.float32)
+    tables = {
+        "tables": plgpu.SMEM(
+            (plan.tables, plan.lines, _ceil_to(plan.line_size, 32)), jnp.int32
+        ),
+        "tables_full": plgpu.Barrier(num_arrivals=plan.tables * plan.lines),
+    }
     barrier = functools.partial(plgpu.Barrier, num_barriers=plan.stages)
     query_barrier = functools.partial(plgpu.Barrier, num_barriers=plan.query_stages)
     return {
         "query": swizzled((plan.query_stages, _WGMMA_ROWS, plan.D), plan.dtype),
         "key": swizzled((plan.stages, plan.T, plan.D), plan.dtype),
         "value": swizzled((plan.stages, plan.T, plan.Dv), plan.dtype),
-        "accumulator": swizzled((plan.warpgroups, _WGMMA_ROWS, plan.Dv), jnp.float32),
-        "maximum": statistics,
-        "denominator": statistics,
+        "accumulator": swizzled((plan.warpgroups, _WGMMA_ROWS, _STAGED_COLUMNS), jnp.float32),
+        "statistics": plgpu.SMEM((plan.warpgroups, 2, _WGMMA_ROWS), jnp.float32),
+        **(tables if plan.tables_in_shared_memory else {}),
         "query_full": query_barrier(),
         "query_free": query_barrier(num_arrivals=plan.warpgroups),
         "key_full": barrier(),
@@ -628,15 +748,13 @@ def _scratch(plan: _Plan) -> Mapping[str, Any]:
 
 
 def _query_tiles(plan: _Plan, query: jax.Array) -> jax.Array:
-    """[B, Q, Hq, D] to [tiles, rows, D]; a bitcast for one query a row of up to 8 heads."""
+    """[B, Q, Hq, D] to [B, columns, rows, D]; a bitcast for one query a row of up to 8 heads."""
     x = query.reshape(plan.B, plan.Q, plan.Hkv, plan.G, plan.D).transpose(0, 2, 1, 3, 4)
     x = x.reshape(plan.B, plan.Hkv, plan.rows, plan.D)
     if plan.rows > _SWIZZLE_ROWS:
         padded = plan.row_tiles * plan.tile_rows
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - plan.rows), (0, 0)))
-        x = x.reshape(plan.B, plan.Hkv, plan.row_tiles, plan.tile_rows, plan.D)
-        x = x.transpose(0, 2, 1, 3, 4)
-    return x.reshape(plan.tiles, -1, plan.D)
+    return x.reshape(plan.B, plan.columns, -1, plan.D)
 
 
 def _run(
@@ -648,7 +766,7 @@ def _run(
     starts: jax.Array,
     interpret: Any = None,
 ) -> Arrays3:
-    schedule = _schedule(plan, lengths, starts)
+    tables, windows = _schedule(plan, lengths, starts)
     statistics = jax.ShapeDtypeStruct((plan.partials, plan.tile_rows), jnp.float32)
     partials = plgpu.kernel(
         functools.partial(_attend, plan),
@@ -660,7 +778,7 @@ def _run(
             statistics,
         ],
         scratch_types=_scratch(plan),
-        grid=(plan.ctas,),
+        grid=(plan.parts * plan.columns,),
         grid_names=("cta",),
         num_threads=plan.warpgroups + 1,
         thread_name="wg",
@@ -670,10 +788,8 @@ def _run(
         ),
         interpret=interpret,
     )(
-        schedule.groups,
-        schedule.shares,
-        schedule.low,
-        schedule.high,
+        *tables.arrays,
+        *windows,
         _query_tiles(plan, query),
         key.reshape(plan.B * plan.S, plan.Hkv, plan.D),
         value.reshape(plan.B * plan.S, plan.Hkv, plan.Dv),
@@ -694,7 +810,7 @@ def _run(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         interpret=interpret,
-    )(schedule.merges, *partials)
+    )(*tables.arrays, *partials)
     out = out[:, : plan.Dv].reshape(plan.B, plan.Q, plan.Hq, plan.Dv)
     return (
         out,
@@ -713,5 +829,5 @@ def forward(
     params: RaggedAttentionParams,
 ) -> Arrays3:
     """As `lowering.reference.forward`."""
-    plan = _plan(query, key, value, params, _MULTIPROCESSORS)
+    plan = _plan(query, key, value, params)
     return _run(plan, query, key, value, lengths, starts)
