@@ -51,6 +51,14 @@ def split_alike(operands: Sequence[jax.Array], rank: int) -> tuple[jax.Array, ..
     return tuple(resharded)
 
 
+def result_type(
+    shape: Sequence[int], dtype: jax.typing.DTypeLike, operand: jax.Array
+) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result, which varies over manual axes as its operands do."""
+    manual = jax.typeof(operand).manual_axis_type
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=manual)
+
+
 def _with_spec(x: jax.Array, mesh: AbstractMesh, spec: PartitionSpec) -> jax.Array:
     sharding = NamedSharding(mesh, spec)
     return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
