@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import Arrays3, Optional3, inverse
+from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu.chips import MIB, Chip
 from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, Form, physical_form, round_up
 
@@ -524,13 +525,13 @@ def vjp(
     B, T, R = problem.B, problem.T, problem.R
     D, Dv = problem.key.D, problem.value.D
     results = [
-        (jax.ShapeDtypeStruct((B, problem.heads, R, D), query.dtype), problem.rows_spec(D)),
+        (result_type((B, problem.heads, R, D), query.dtype, query), problem.rows_spec(D)),
         (
-            jax.ShapeDtypeStruct(problem.key.shape(B), key.dtype),
+            result_type(problem.key.shape(B), key.dtype, query),
             problem.key.spec(T, write_block),
         ),
         (
-            jax.ShapeDtypeStruct(problem.value.shape(B), value.dtype),
+            result_type(problem.value.shape(B), value.dtype, query),
             problem.value.spec(T, write_block),
         ),
     ]
@@ -667,10 +668,10 @@ def jvp(
         )
         if t is not None
     ]
-    column = jax.ShapeDtypeStruct((B, problem.heads, R, 1), jnp.float32)
+    column = result_type((B, problem.heads, R, 1), jnp.float32, query)
     o_sum, z_sum, m_dot = pl.pallas_call(
         functools.partial(_jvp_kernel, problem=problem, wrt=wrt),
-        out_shape=[jax.ShapeDtypeStruct((B, problem.heads, R, Dv), jnp.float32), column, column],
+        out_shape=[result_type((B, problem.heads, R, Dv), jnp.float32, query), column, column],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(B, problem.blocks),

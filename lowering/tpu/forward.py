@@ -32,6 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu.block_size import Blocks
 from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheLayout, Form
 from jax_ragged.lowering.tpu.work_list import SCALARS, WorkList, item_of_step
@@ -596,7 +597,7 @@ def call(
     per_query = plan.queries > 1
     o_shape = (plan.value.tiles * R, plan.value.lanes) if plan.value.interleaved else (R, Dv)
     scratch = [(P, LANES), (P, LANES), o_shape]
-    statistic = jax.ShapeDtypeStruct((cores, V, 1, R), jnp.float32)
+    statistic = result_type((cores, V, 1, R), jnp.float32, query)
     out_dtype = query.dtype if cores == 1 else jnp.float32
     return tuple(
         pl.pallas_call(
@@ -621,7 +622,7 @@ def call(
                 ],
             ),
             out_shape=[
-                jax.ShapeDtypeStruct((cores, V, R, Dv), out_dtype),
+                result_type((cores, V, R, Dv), out_dtype, query),
                 statistic,
                 statistic,
             ],
