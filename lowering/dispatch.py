@@ -25,7 +25,10 @@ from jax_ragged.lowering import reference
 from jax_ragged.lowering._compat import device_kind, interpret_mode
 
 # Imported when first lowered for: Pallas is slow to import.
-_MODULES: dict[str, str] = {"tpu": "jax_ragged.lowering.tpu"}
+_MODULES: dict[str, str] = {
+    "cpu": "jax_ragged.lowering.cpu",
+    "tpu": "jax_ragged.lowering.tpu",
+}
 
 
 @functools.cache
