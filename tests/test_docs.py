@@ -1,0 +1,103 @@
+"""README and docs: their code runs, prints what they say, and their links lead somewhere."""
+
+import contextlib
+import io
+import pathlib
+import re
+import textwrap
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+# An HTML comment before a block says why it is not run, for instance that it needs a TPU.
+NOT_RUN = re.compile(r"<!-- not run: .+? -->\s*\Z")
+
+
+class Block(NamedTuple):
+    """A block of code; `printed` is the block of text right after it, if there is one."""
+
+    line: int
+    code: str
+    printed: str | None
+
+
+def _blocks(text: str) -> list[Block]:
+    found = list(FENCE.finditer(text))
+    blocks = []
+    for i, match in enumerate(found):
+        if match[2] != "python" or NOT_RUN.search(text[: match.start()]):
+            continue
+        printed = None
+        if i + 1 < len(found) and found[i + 1][2] == "text":
+            between = text[match.end() : found[i + 1].start()]
+            printed = None if between.strip() else textwrap.dedent(found[i + 1][3])
+        line = text[: match.start()].count("\n") + 2
+        blocks.append(Block(line, textwrap.dedent(match[3]), printed))
+    return blocks
+
+
+def _prose(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
+
+
+def _anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings."""
+    headings = re.findall(r"^#+ +(.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _id(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# BUILD.md's code is for the TPU compiler and wants a process of its own: test_tpu_* compile so.
+RUN = [page for page in PAGES if page.name != "BUILD.md" and _blocks(page.read_text())]
+
+
+@pytest.mark.parametrize("page", RUN, ids=_id)
+def test_code_runs_and_prints_what_the_page_says(
+    page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "page"}
+    for block in _blocks(page.read_text()):
+        # Blank lines in front, so that a traceback has the line of the page.
+        code = compile("\n" * (block.line - 1) + block.code, page, "exec", dont_inherit=True)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+        if block.printed is not None:
+            assert printed.getvalue().split() == block.printed.split(), f"{_id(page)}:{block.line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_links_resolve(page: pathlib.Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page.read_text())):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in _anchors(file.read_text())):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_files_named_in_a_page_exist(page: pathlib.Path) -> None:
+    named = re.findall(
+        r"\b((?:docs|tests|benchmarks|examples|jax_ragged|primitives|lowering)/[\w./-]+\.\w+)",
+        page.read_text(),
+    )
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_page_of_the_tests_itself_is_read() -> None:
+    text = (
+        "```python\nprint(1)\n```\n\n```text\n1\n```\n<!-- not run: no TPU -->\n```python\nx\n```\n"
+    )
+    assert _blocks(text) == [Block(2, "print(1)\n", "1\n")]
+    assert _anchors("# A `b`, c-d\n```\n# no\n```\n") == {"a-b-c-d"}
