@@ -14,7 +14,7 @@ import jax
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from jax_ragged.lowering._compat import axis_context, pcast_to_varying, varying_axes
+from jax_ragged.lowering._compat import axis_context, interpret_mode, pcast_to_varying, varying_axes
 
 
 def axes_of_type(mesh: AbstractMesh, axis_type: AxisType) -> frozenset[str]:
@@ -118,6 +118,8 @@ class Layout:
             in_specs=self.in_specs,
             out_specs=self.out_specs,
             axis_names=self.axes,
+            # JAX's interpreter of TPU kernels has no rule for index maps of values that vary.
+            check_vma=interpret_mode() is None,
         )
 
         def resharded(*operands: jax.Array) -> Sequence[jax.Array]:
