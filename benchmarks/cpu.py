@@ -1,0 +1,89 @@
+"""Cases and peers on CPUs: torch's scaled_dot_product_attention, masked and row by row."""
+
+import importlib.util
+import threading
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measure import Candidate, Case, Goal, Problem
+
+SWEEP = Case("sweep", B=8, S=4096, Hq=32, Hkv=8, D=128)
+CASES = (
+    Case("gqa", B=8, S=4096, Hq=32, Hkv=8, D=128),
+    Case("mha", B=8, S=2048, Hq=32, Hkv=32, D=128),
+    Case("gqa_bfloat16", B=8, S=4096, Hq=32, Hkv=8, D=128, dtype="bfloat16"),
+    Case("gqa_full", B=8, S=4096, Hq=32, Hkv=8, D=128, windows="full"),
+    Case("short_rows", B=32, S=4096, Hq=16, Hkv=2, D=64, windows="short"),
+    Case("eight_queries", B=8, S=4096, Hq=32, Hkv=8, D=128, Q=8),
+    Case("one_long_row", B=1, S=32768, Hq=32, Hkv=8, D=128, windows="full"),
+    Case("small", B=1, S=128, Hq=32, Hkv=8, D=128, windows="full"),
+    Case("tiny", B=1, S=128, Hq=4, Hkv=2, D=64, windows="full"),
+)
+GOALS = (
+    Goal("gqa", "torch row by row", 1.3),
+    Goal("gqa", "jax.nn", 12),
+    Goal("mha", "torch row by row", 1.1),
+    Goal("mha", "jax.nn", 15),
+    Goal("gqa_bfloat16", "best", 10),
+    Goal("gqa_bfloat16", "gqa", 1.0),
+    Goal("gqa_full", "best", 1.0),
+    Goal("short_rows", "best", 20),
+    Goal("eight_queries", "gqa", 1 / 1.5),
+    Goal("small", "dense reference", 1 / 1.5),
+    Goal("tiny", "dense reference", 1 / 1.5),
+)
+
+
+def read_bandwidth() -> tuple[str, float]:
+    """The rate at which two threads of numpy sum halves of an array much larger than caches."""
+    halves = np.split(np.ones(1 << 26, np.float32), 2)
+    best = float("inf")
+    for _ in range(10):
+        threads = [threading.Thread(target=np.sum, args=(half,)) for half in halves]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = min(best, time.perf_counter() - start)
+    return "two threads of numpy.sum, the best of 10", 2 * halves[0].nbytes / best
+
+
+def peers(problem: Problem) -> dict[str, Candidate]:
+    """Torch, where it is installed."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def tensor(x: Any) -> Any:
+        wide = torch.from_numpy(np.array(x, np.float32))
+        return wide.to(getattr(torch, str(jnp.dtype(problem.case.dtype))))
+
+    q, k, v = (tensor(x) for x in (problem.query, problem.key, problem.value))
+    if problem.case.Q is None:
+        q = q[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    lengths = [int(n) for n in problem.lengths]
+    mask = torch.arange(problem.case.S)[None] < torch.tensor(lengths)[:, None]
+    options = {"scale": problem.scale, "enable_gqa": problem.case.Hq != problem.case.Hkv}
+
+    def masked() -> Any:
+        return scaled_dot_product_attention(q, k, v, mask[:, None, None], **options)
+
+    def row_by_row() -> Any:
+        rows = [
+            scaled_dot_product_attention(
+                q[b, None], k[b, None, :, :n], v[b, None, :, :n], **options
+            )
+            for b, n in enumerate(lengths)
+        ]
+        return torch.cat(rows)
+
+    def candidate(run: Any) -> Candidate:
+        return Candidate(run, run().transpose(1, 2).float().numpy())
+
+    return {"torch masked": candidate(masked), "torch row by row": candidate(row_by_row)}
