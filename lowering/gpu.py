@@ -44,9 +44,9 @@ _SHARED_MEMORY = 227 * 1024
 # Of shared memory, for the tables, if they fit.
 _TABLES_BYTES = 20 * 1024
 # Partial results that the merging kernel loads at once.
-_MERGED_TOGETHER = 4
-# Columns of a partial accumulator that are copied at a time.
-_STAGED_COLUMNS = 64
+_MERGED_TOGETHER = 8
+# Columns of the values that one matrix product takes.
+_CHUNK = 128
 _LOG2_E = math.log2(math.e)
 
 
@@ -137,7 +137,7 @@ class _Plan:
     @property
     def chunk(self) -> int:
         """Columns of the accumulator that one matrix product makes."""
-        return min(self.Dv, 128)
+        return min(self.Dv, _CHUNK)
 
     @property
     def query_step(self) -> int:
@@ -155,7 +155,7 @@ def _plan(
     itemsize = jnp.dtype(query.dtype).itemsize
     query_stages = 2 if D <= 128 else 1
     queries = query_stages * _WGMMA_ROWS * D * itemsize
-    results = warpgroups * _WGMMA_ROWS * _STAGED_COLUMNS * 4
+    results = warpgroups * _WGMMA_ROWS * min(Dv, _CHUNK) * 4
     left = _SHARED_MEMORY - queries - results - _TABLES_BYTES - 4 * 1024
     stages = left // (T * (D + Dv) * itemsize) // warpgroups * warpgroups
     return _Plan(
@@ -170,7 +170,7 @@ def _parts(columns: int) -> int:
     def filled(waves: int) -> float:
         parts = waves * _MULTIPROCESSORS // columns
         # Fewer waves are better: each begins and ends with an idle memory.
-        return parts * columns / (waves * _MULTIPROCESSORS) - 0.02 * waves
+        return parts * columns / (waves * _MULTIPROCESSORS) - 0.1 * waves
 
     fewest = -(-columns // _MULTIPROCESSORS)
     waves = max(range(fewest, fewest + 4), key=filled)
@@ -332,9 +332,12 @@ def _for_segments(
     begin = part * share + jnp.minimum(part, longer)
     end = begin + share + jnp.where(part < longer, 1, 0)
 
-    def run(carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        index, position = carry
-        row = _row_of(plan, tables, column.line, position)
+    def run(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        index, position, row = carry
+        # Past the rows without blocks.
+        row = lax.while_loop(
+            lambda row: tables.blocks[column.line, row] <= position, lambda row: row + 1, row
+        )
         low, high = tables.hull(plan, column.line, row)
         blocks = _blocks(plan, low, high)
         block = position - (tables.blocks[column.line, row] - blocks)
@@ -347,9 +350,10 @@ def _for_segments(
             partial=_partial(plan, column, row, part),
         )
         body(column, segment)
-        return index + 1, position + segment.count
+        return index + 1, position + segment.count, row
 
-    lax.while_loop(lambda carry: carry[1] < end, run, (jnp.int32(0), begin))
+    row = _row_of(plan, tables, column.line, begin)
+    lax.while_loop(lambda carry: carry[1] < end, run, (jnp.int32(0), begin, row))
 
 
 def _partial(plan: _Plan, column: _Column, row: Any, part: Any) -> Any:
@@ -394,12 +398,12 @@ def _attend(plan: _Plan, *refs: Any, **scratch: Any) -> None:
 
     @pl.when(lax.axis_index("wg") == plan.warpgroups)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         _load(plan, named, **scratch)
 
     @pl.when(lax.axis_index("wg") < plan.warpgroups)
     def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         _compute(plan, named, **scratch)
 
 
@@ -592,21 +596,17 @@ def _store_partial(
     accumulators, maximum, denominator = state
     wg = lax.axis_index("wg")
     rows = pl.ds(0, plan.tile_rows)
-    columns = scratch["accumulator"].shape[-1]
-    for start in range(0, plan.Dv, columns):
-        accumulator = accumulators[start // plan.chunk]
-        at = start % plan.chunk
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        scratch["accumulator"][wg] = lax.slice(
-            accumulator, (0, at), (_WGMMA_ROWS, at + columns)
-        )
-        if start == 0:
-            scratch["statistics"][wg, 0] = maximum
-            scratch["statistics"][wg, 1] = denominator
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    scratch["statistics"][wg, 0] = maximum
+    scratch["statistics"][wg, 1] = denominator
+    for i, accumulator in enumerate(accumulators):
+        if i > 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        scratch["accumulator"][wg] = accumulator
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
             scratch["accumulator"].at[wg, rows],
-            refs.accumulator.at[partial, :, pl.ds(start, columns)],
+            refs.accumulator.at[partial, :, pl.ds(i * plan.chunk, plan.chunk)],
         )
     plgpu.copy_smem_to_gmem(scratch["statistics"].at[wg, 0, rows], refs.maximum.at[partial])
     plgpu.copy_smem_to_gmem(scratch["statistics"].at[wg, 1, rows], refs.denominator.at[partial])
@@ -735,7 +735,7 @@ def _scratch(plan: _Plan) -> Mapping[str, Any]:
         "query": swizzled((plan.query_stages, _WGMMA_ROWS, plan.D), plan.dtype),
         "key": swizzled((plan.stages, plan.T, plan.D), plan.dtype),
         "value": swizzled((plan.stages, plan.T, plan.Dv), plan.dtype),
-        "accumulator": swizzled((plan.warpgroups, _WGMMA_ROWS, _STAGED_COLUMNS), jnp.float32),
+        "accumulator": swizzled((plan.warpgroups, _WGMMA_ROWS, plan.chunk), jnp.float32),
         "statistics": plgpu.SMEM((plan.warpgroups, 2, _WGMMA_ROWS), jnp.float32),
         **(tables if plan.tables_in_shared_memory else {}),
         "query_full": query_barrier(),
