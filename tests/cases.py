@@ -128,6 +128,8 @@ CASES: tuple[Case, ...] = (
     Case("queries", ((37, 36, 35), (4, 5, 0)), ((0, 30, 7), (4, 3, 0)), Q=3, Hq=6, Hkv=2),
     Case("queries_one_window", (37, 5), (3, 0), Q=3, Hq=2, Hkv=1),
     Case("queries_mixed", ((37, 36, 35), (4, 5, 6)), (2, 3), Q=3, Hq=2, Hkv=2),
+    # Positions between the windows of a row's queries lie in none.
+    Case("queries_gap", ((5, 30), (37, 9)), ((0, 20), (33, 2)), Q=2),
     Case("one_query", ((11,), (37,)), Q=1, Hq=1, Hkv=1),
     # Sizes.
     Case("value_head_dim", (37, 5), D=16, Dv=24),
