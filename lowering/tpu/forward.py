@@ -594,6 +594,8 @@ def call(
     def result(c: Any, i: Any, *s: Any) -> Any:
         return (c, row_of(c, i, s)[0], 0, 0)
 
+    # Else XLA may fetch all of a small cache to VMEM ahead of the kernel, windows or not.
+    key, value = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (key, value))
     per_query = plan.queries > 1
     o_shape = (plan.value.tiles * R, plan.value.lanes) if plan.value.interleaved else (R, Dv)
     scratch = [(P, LANES), (P, LANES), o_shape]
