@@ -17,7 +17,7 @@ from jax.interpreters import ad, batching
 from jax_ragged.lowering import dispatch
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.primitives._avals import PRIMALS, RESULTS, Operands
-from jax_ragged.primitives._folding import Folding
+from jax_ragged.primitives._folding import Folding, is_one
 from jax_ragged.primitives._primitive import (
     Types,
     abstract_eval,
@@ -27,6 +27,7 @@ from jax_ragged.primitives._primitive import (
     register_lowerings,
 )
 from jax_ragged.primitives.ragged_attention_jvp import ragged_attention_jvp_p
+from jax_ragged.primitives.ragged_attention_vjp import ragged_attention_vjp_p
 
 
 def _ragged_attention_types(*operands: ShapedArray, params: RaggedAttentionParams) -> Types:
@@ -76,10 +77,45 @@ def _ragged_attention_jvp_rule(
     )
 
 
+# out is linear in value: out = P value, so value' = P^T out', which ragged_attention_vjp_p gives
+# from max_logits and denominator. Those do not depend on value, so that the key can stand for it;
+# nor does value' depend on value or on out, so that zeros can stand for them.
+def _ragged_attention_transpose_rule(
+    cotangents: Sequence[Any], *operands: Any, params: RaggedAttentionParams
+) -> list[Any]:
+    query, key, value, lengths, starts = operands
+    if ad.is_undefined_primal(query) or ad.is_undefined_primal(key):
+        raise NotImplementedError(
+            "ragged_attention: linear in value alone, and only there can it be transposed; "
+            "got a linear query or key. Differentiate it with jax.vjp or jax.grad."
+        )
+    out_bar = cotangents[0]
+    if not is_nonzero(out_bar):
+        return [None, None, ad.Zero(value.aval), None, None]
+    _, *statistics = ragged_attention_p.bind(query, key, key, lengths, starts, params=params)
+    rank = query.ndim - 2
+    (value_bar,) = ragged_attention_vjp_p.bind(
+        query,
+        key,
+        ad.instantiate_zeros(ad.Zero(value.aval)),
+        lengths,
+        starts,
+        ad.instantiate_zeros(ad.Zero(jax.typeof(out_bar))),
+        *statistics,
+        out_bar,
+        params=params,
+        given=(True, False, False),
+        wrt=(False, False, True),
+        shared=(tuple(is_one(n) for n in value.aval.shape[:rank]),),
+    )
+    return [None, None, value_bar, None, None]
+
+
 ragged_attention_p = Primitive("ragged_attention")
 ragged_attention_p.multiple_results = True
 ragged_attention_p.def_impl(eager(ragged_attention_p))
 ragged_attention_p.def_effectful_abstract_eval(abstract_eval(_ragged_attention_types))
 ad.primitive_jvps[ragged_attention_p] = _ragged_attention_jvp_rule
+ad.primitive_transposes[ragged_attention_p] = _ragged_attention_transpose_rule
 batching.fancy_primitive_batchers[ragged_attention_p] = batch_rule(ragged_attention_p)
 register_lowerings(ragged_attention_p, _ragged_attention_folded, _ragged_attention_types)
