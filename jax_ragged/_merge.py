@@ -79,6 +79,11 @@ def _check(parts: RaggedAttention) -> None:
 
 
 def _array_axis(parts: RaggedAttention, axis: int) -> int:
+    if not isinstance(axis, int) or isinstance(axis, bool):
+        raise TypeError(
+            "merge_partials: axis must be an int, or the name of a mesh axis or a tuple of them; "
+            f"got {axis!r} of type {type(axis).__name__}."
+        )
     rank = parts.max_logits.ndim
     if not -rank <= axis < rank:
         raise ValueError(
@@ -98,15 +103,17 @@ def _merge(parts: RaggedAttention, over: _Parts) -> RaggedAttention:
 
         m = max m_p        l = sum w_p l_p        o = sum (w_p l_p / l) o_p
 
-    The weight of a part whose others are empty is l / l = 1, so these change no bit of it.
+    The share of a part whose others are empty is l / l = 1, so these change no bit of it.
     """
     out, max_logits, denominator = parts
     m = _joint_max(over, max_logits, denominator)
     nonempty = denominator > 0
     weight = jnp.exp(jnp.where(nonempty, max_logits - m, -jnp.inf)) * denominator
     total = over.sum(weight)
-    weight = weight / jnp.where(total > 0, total, 1)
-    merged = over.sum(weight[..., None] * out.astype(weight.dtype))
+    share = weight / jnp.where(total > 0, total, 1)
+    # A division by a broadcast number may be a product with its inverse, and l / l not quite 1.
+    share += lax.stop_gradient(jnp.where((weight == total) & nonempty, 1 - share, 0))
+    merged = over.sum(share[..., None] * out.astype(share.dtype))
     return RaggedAttention(merged.astype(out.dtype), m, total)
 
 
@@ -135,8 +142,9 @@ def merge_partials(
     Raises:
       TypeError, ValueError: while tracing, for parts or an axis that are not as said above.
 
-    Over a mesh it takes three all-reduces: two of the size of max_logits and one of out in
-    float32. The rule is that of the online softmax (Milakov and Gimelshein, 2018).
+    Over a mesh it takes three all-reduces: two of the size of max_logits and one of that of out,
+    in the dtype of max_logits. The rule is that of the online softmax (Milakov and Gimelshein,
+    2018).
     """
     parts = RaggedAttention(*(jnp.asarray(x) for x in parts))
     _check(parts)
