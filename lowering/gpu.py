@@ -22,7 +22,7 @@ holds outside of the windows is masked; what lies past the end of the array arri
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,9 +115,9 @@ class _Plan:
         return max(self.Dv, 128)
 
     @property
-    def tables(self) -> int:
-        """How many tables there are."""
-        return 3 if self.Q == 1 else 5
+    def bounds(self) -> int:
+        """How many tables of the bounds of windows there are."""
+        return 2 if self.Q == 1 else 4
 
     @property
     def lines(self) -> int:
@@ -131,7 +131,7 @@ class _Plan:
 
     @property
     def tables_in_shared_memory(self) -> bool:
-        size = self.tables * self.lines * _ceil_to(self.line_size, 32) * 4
+        size = (self.bounds + 1) * self.lines * _ceil_to(self.line_size, 32) * 4
         return size <= _TABLES_BYTES and self.lines <= 8
 
     @property
@@ -151,7 +151,9 @@ def _plan(
     B, Q, Hq, D = query.shape
     S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
     T = 64
-    warpgroups = 2 if Dv <= 128 else 1
+    parts = _parts(Hkv * -(-Q * (Hq // Hkv) // _WGMMA_ROWS))
+    # Registers hold two accumulators of 128 columns; many parts give many partial results.
+    warpgroups = 2 if Dv <= _CHUNK and parts <= 32 else 1
     itemsize = jnp.dtype(query.dtype).itemsize
     query_stages = 2 if D <= 128 else 1
     queries = query_stages * _WGMMA_ROWS * D * itemsize
@@ -160,7 +162,7 @@ def _plan(
     stages = left // (T * (D + Dv) * itemsize) // warpgroups * warpgroups
     return _Plan(
         B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), params,
-        T, warpgroups, min(stages, 8), query_stages, _parts(Hkv * -(-Q * (Hq // Hkv) // _WGMMA_ROWS)),
+        T, warpgroups, min(stages, 8), query_stages, parts,
     )  # fmt: skip
 
 
@@ -197,16 +199,10 @@ class _Tables:
     blocks: Any
 
     @classmethod
-    def of(cls, refs: Any) -> "_Tables":
-        """Of the refs of `arrays`."""
-        start, end, *inner, blocks = refs
+    def of(cls, bounds: Sequence[Any], blocks: Any) -> "_Tables":
+        """Of the two or four tables of bounds."""
+        start, end, *inner = bounds
         return cls(start, end, *(inner or (start, end)), blocks)
-
-    @property
-    def arrays(self) -> tuple[Any, ...]:
-        """Those that are not the same."""
-        inner = () if self.inner_start is self.start else (self.inner_start, self.inner_end)
-        return (self.start, self.end, *inner, self.blocks)
 
     def hull(self, plan: "_Plan", line: Any, row: Any) -> tuple[Any, Any]:
         """The window of a row's tile, in positions of the joined cache; none is (0, 0)."""
@@ -236,19 +232,10 @@ def _blocks(plan: _Plan, low: Any, high: Any) -> Any:
     return lax.div(high - _first_block(low) + (plan.T - 1), plan.T)
 
 
-def _cumsum(x: jax.Array) -> jax.Array:
-    """Inclusive, of the last axis; a short one as one reduction, which is one kernel."""
-    size = x.shape[-1]
-    if size > 1024:
-        return jnp.cumsum(x, axis=-1)
-    before = np.tril(np.ones((size, size), bool))
-    return jnp.where(before, x[:, None], 0).sum(axis=-1, dtype=x.dtype)
-
-
 def _schedule(
     plan: _Plan, lengths: jax.Array, starts: jax.Array
-) -> tuple[_Tables, tuple[jax.Array, ...]]:
-    """The tables, and i32 [B, row_tiles, 64] the windows of a tile's rows if there are queries."""
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Tables of bounds, and i32 [B, row_tiles, 64] windows of a tile's rows if there are queries."""
     windows: tuple[jax.Array, ...] = ()
     if plan.Q == 1:
         bounds = (starts.reshape(1, plan.B), lengths.reshape(1, plan.B))
@@ -265,8 +252,28 @@ def _schedule(
         bounds = tuple(x.T for x in bounds)
     if rest := plan.line_size - plan.B:
         bounds = tuple(jnp.pad(x, ((0, 0), (0, rest))) for x in bounds)
-    low, high = _joined(plan, np.minimum(np.arange(plan.line_size), plan.B), *bounds[:2])
-    return _Tables.of((*bounds, _cumsum(_blocks(plan, low, high)))), windows
+    return bounds, windows
+
+
+def _count_blocks(plan: _Plan, bounds: tuple[jax.Array, ...]) -> jax.Array:
+    """The table of blocks, where the kernel does not make it."""
+    row = np.minimum(np.arange(plan.line_size), plan.B)
+    return jnp.cumsum(_blocks(plan, *_joined(plan, row, *bounds[:2])), axis=1)
+
+
+def _scan_blocks(plan: _Plan, tables: _Tables, line: int) -> None:
+    """Makes a line of the table of blocks, several rows at a time so that their loads overlap."""
+    together = 8 if plan.line_size % 8 == 0 else 4
+
+    def scan(i: Any, total: Any) -> Any:
+        rows = [i * together + k for k in range(together)]
+        counts = [_blocks(plan, *tables.hull(plan, line, row)) for row in rows]
+        for row, count in zip(rows, counts, strict=True):
+            total = total + count
+            tables.blocks[line, row] = total
+        return total
+
+    lax.fori_loop(0, plan.line_size // together, scan, jnp.int32(0))
 
 
 def _share(plan: _Plan, tables: _Tables, line: Any) -> tuple[Any, Any]:
@@ -379,22 +386,14 @@ class _Refs:
 
 
 def _attend(plan: _Plan, *refs: Any, **scratch: Any) -> None:
-    tables, windows = refs[: plan.tables], refs[plan.tables : -6]
+    bounds, rest = refs[: plan.bounds], refs[plan.bounds :]
     if plan.tables_in_shared_memory:
-
-        @pl.when(lax.axis_index("wg") == plan.warpgroups)
-        def _() -> None:
-            for i, ref in enumerate(tables):
-                for line in range(plan.lines):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[line],
-                        scratch["tables"].at[i, line, pl.ds(0, plan.line_size)],
-                        scratch["tables_full"],
-                    )
-
-        plgpu.barrier_wait(scratch["tables_full"])
-        tables = tuple(scratch["tables"].at[i] for i in range(plan.tables))
-    named = _Refs(_Tables.of(tables), windows, *refs[-6:])
+        *rest, blocks_ref = rest
+        tables = _share_tables(plan, bounds, blocks_ref, scratch)
+    else:
+        blocks_ref, *rest = rest
+        tables = _Tables.of(bounds, blocks_ref)
+    named = _Refs(tables, tuple(rest[:-6]), *rest[-6:])
 
     @pl.when(lax.axis_index("wg") == plan.warpgroups)
     def _() -> None:
@@ -405,6 +404,36 @@ def _attend(plan: _Plan, *refs: Any, **scratch: Any) -> None:
     def _() -> None:
         plgpu.set_max_registers(240, action="increase")
         _compute(plan, named, **scratch)
+
+
+def _share_tables(
+    plan: _Plan, bounds: Sequence[Any], blocks_ref: Any, scratch: Mapping[str, Any]
+) -> _Tables:
+    """The tables in shared memory; that of blocks goes to global memory too, for the merge."""
+    shared = [scratch["tables"].at[i] for i in range(plan.bounds + 1)]
+    tables = _Tables.of(shared[:-1], shared[-1])
+    rows = pl.ds(0, plan.line_size)
+
+    @pl.when(lax.axis_index("wg") == plan.warpgroups)
+    def _() -> None:
+        for ref, copy in zip(bounds, shared, strict=False):
+            for line in range(plan.lines):
+                plgpu.copy_gmem_to_smem(
+                    ref.at[line], copy.at[line, rows], scratch["bounds_full"]
+                )
+        plgpu.barrier_wait(scratch["bounds_full"])
+        for line in range(plan.lines):
+            _scan_blocks(plan, tables, line)
+        plgpu.barrier_arrive(scratch["blocks_full"])
+
+        @pl.when(lax.axis_index("cta") == 0)
+        def _() -> None:
+            plgpu.commit_smem()
+            for line in range(plan.lines):
+                plgpu.copy_smem_to_gmem(tables.blocks.at[line, rows], blocks_ref.at[line])
+
+    plgpu.barrier_wait(scratch["blocks_full"])
+    return tables
 
 
 def _load(plan: _Plan, refs: _Refs, **scratch: Any) -> None:
@@ -438,6 +467,7 @@ def _load(plan: _Plan, refs: _Refs, **scratch: Any) -> None:
     for name, stages in _free(plan):
         for slot in range(stages):
             plgpu.barrier_wait(scratch[name].at[slot])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _free(plan: _Plan) -> tuple[tuple[str, int], ...]:
@@ -652,7 +682,7 @@ def _merge(plan: _Plan, *refs: Any) -> None:
 
     m = max m_i        l = sum exp(m_i - m) l_i        o = sum exp(m_i - m) a_i / l
     """
-    tables = _Tables.of(refs[: plan.tables])
+    tables = _Tables.of(refs[: plan.bounds], refs[plan.bounds])
     accumulator_ref, maximum_ref, denominator_ref, out_ref, max_logits_ref, total_ref = refs[-6:]
     index = lax.axis_index("row")
     b, query_head = lax.div(index, plan.Q * plan.Hq), lax.rem(index, plan.Q * plan.Hq)
@@ -725,9 +755,10 @@ def _scratch(plan: _Plan) -> Mapping[str, Any]:
 
     tables = {
         "tables": plgpu.SMEM(
-            (plan.tables, plan.lines, _ceil_to(plan.line_size, 32)), jnp.int32
+            (plan.bounds + 1, plan.lines, _ceil_to(plan.line_size, 32)), jnp.int32
         ),
-        "tables_full": plgpu.Barrier(num_arrivals=plan.tables * plan.lines),
+        "bounds_full": plgpu.Barrier(num_arrivals=plan.bounds * plan.lines),
+        "blocks_full": plgpu.Barrier(),
     }
     barrier = functools.partial(plgpu.Barrier, num_barriers=plan.stages)
     query_barrier = functools.partial(plgpu.Barrier, num_barriers=plan.query_stages)
@@ -766,16 +797,19 @@ def _run(
     starts: jax.Array,
     interpret: Any = None,
 ) -> Arrays3:
-    tables, windows = _schedule(plan, lengths, starts)
+    bounds, windows = _schedule(plan, lengths, starts)
+    scanned = plan.tables_in_shared_memory
+    blocks = () if scanned else (_count_blocks(plan, bounds),)
     statistics = jax.ShapeDtypeStruct((plan.partials, plan.tile_rows), jnp.float32)
-    partials = plgpu.kernel(
+    accumulators = (plan.partials, plan.tile_rows, plan.accumulator_columns)
+    table = jax.ShapeDtypeStruct((plan.lines, plan.line_size), jnp.int32)
+    results = plgpu.kernel(
         functools.partial(_attend, plan),
         out_type=[
-            jax.ShapeDtypeStruct(
-                (plan.partials, plan.tile_rows, plan.accumulator_columns), jnp.float32
-            ),
+            jax.ShapeDtypeStruct(accumulators, jnp.float32),
             statistics,
             statistics,
+            *([table] if scanned else []),
         ],
         scratch_types=_scratch(plan),
         grid=(plan.parts * plan.columns,),
@@ -788,12 +822,14 @@ def _run(
         ),
         interpret=interpret,
     )(
-        *tables.arrays,
+        *bounds,
+        *blocks,
         *windows,
         _query_tiles(plan, query),
         key.reshape(plan.B * plan.S, plan.Hkv, plan.D),
         value.reshape(plan.B * plan.S, plan.Hkv, plan.Dv),
     )
+    partials, blocks = results[:3], blocks or results[3:]
     rows = plan.B * plan.Q * plan.Hq
     row = jax.ShapeDtypeStruct((rows,), jnp.float32)
     out, max_logits, denominator = plgpu.kernel(
@@ -810,7 +846,7 @@ def _run(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         interpret=interpret,
-    )(*tables.arrays, *partials)
+    )(*bounds, *blocks, *partials)
     out = out[:, : plan.Dv].reshape(plan.B, plan.Q, plan.Hq, plan.Dv)
     return (
         out,
