@@ -118,7 +118,7 @@ def _merge(parts: RaggedAttention, over: _Parts) -> RaggedAttention:
 
 
 def merge_partials(
-    parts: RaggedAttention | tuple[jax.Array, jax.Array, jax.Array],
+    parts: Sequence[jax.Array],
     axis: int | str | tuple[str, ...] = 0,
 ) -> RaggedAttention:
     """Merges attention to the parts of a window into attention to the whole window.
@@ -146,7 +146,13 @@ def merge_partials(
     in the dtype of max_logits. The rule is that of the online softmax (Milakov and Gimelshein,
     2018).
     """
-    parts = RaggedAttention(*(jnp.asarray(x) for x in parts))
+    if len(parts) != 3:
+        raise ValueError(
+            "merge_partials: parts must be (out, max_logits, denominator), each stacked; "
+            f"got {len(parts)} items. Stack several results with "
+            "jax.tree.map(lambda *x: jnp.stack(x), *results)."
+        )
+    parts = RaggedAttention(*map(jnp.asarray, parts))
     _check(parts)
     if isinstance(axis, str | tuple):
         return _merge(parts, _Parts((axis,) if isinstance(axis, str) else axis))

@@ -44,12 +44,15 @@ def operands(case: Case) -> tuple[Any, ...]:
     return tuple(x for x in case.operands() if x is not None)
 
 
+def place(mesh: Any, x: Any, *spec: Any) -> jax.Array:
+    """One array on a mesh."""
+    placed: jax.Array = jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    return placed
+
+
 def put(mesh: Any, case: Case) -> tuple[jax.Array, ...]:
     """The operands of a case on a mesh, as `specs` says."""
-    return tuple(
-        jax.device_put(x, NamedSharding(mesh, spec))
-        for x, spec in zip(operands(case), specs(case), strict=True)
-    )
+    return tuple(place(mesh, x, *s) for x, s in zip(operands(case), specs(case), strict=True))
 
 
 def put_results(mesh: Any, case: Case, results: Sequence[Any]) -> tuple[jax.Array, ...]:

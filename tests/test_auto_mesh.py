@@ -138,7 +138,7 @@ def test_mapped(mesh: Any, spmd: str | None) -> None:
     scales = np.array([1.0, -0.5], np.float32)
 
     def run(scale: Any, query: Any) -> Any:
-        many = jax.vmap(
+        many: Any = jax.vmap(
             lambda s: tuple(ragged_attention(query * s, *operands[1:], partition=P(None, "model"))),
             spmd_axis_name=spmd,
         )

@@ -12,7 +12,7 @@ import sharded
 from cases import Case, assert_results, ids
 from derivatives import op, pullback, pushforward
 from jax_ragged import ragged_attention
-from sharded import CASES, GQA, MQA
+from sharded import CASES, GQA, MQA, place
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
@@ -87,15 +87,14 @@ def test_shared_cache_has_one_gradient(mesh: Any) -> None:
 
     def loss(query: Any, key: Any, value: Any) -> Any:
         lengths = jnp.asarray(case.operands().lengths)
-        many = jax.vmap(lambda q: ragged_attention(q, key, value, lengths).out)
+        many: Any = jax.vmap(lambda q: ragged_attention(q, key, value, lengths).out)
         return (many(query) ** 2).sum()
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
     expected = gradient(queries, *case.operands()[1:3])
     with jax.set_mesh(mesh):
-        put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
-        caches = [put(x, None, None, "model") for x in case.operands()[1:3]]
-        operands = (put(queries, "data", None, "model"), *caches)
+        caches = [place(mesh, x, None, None, "model") for x in case.operands()[1:3]]
+        operands = (place(mesh, queries, "data", None, "model"), *caches)
         actual = gradient(*operands)
     for got, want in zip(actual, expected, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
@@ -106,9 +105,13 @@ def test_replicated_operands_are_split_like_the_others(mesh: Any) -> None:
     """And their gradients have their own types."""
     query, key, value, lengths = sharded.operands(GQA)
     with jax.set_mesh(mesh):
-        put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
-        operands = (put(query, "data"), put(key), put(value), put(lengths))
-        bars = tuple(put(x, "data") for x in GQA.cotangents())
+        operands = (
+            place(mesh, query, "data"),
+            place(mesh, key),
+            place(mesh, value),
+            place(mesh, lengths),
+        )
+        bars = tuple(place(mesh, x, "data") for x in GQA.cotangents())
         grads = jax.jit(pullback(op(GQA)))(operands, bars)
     sharded.assert_gradients(grads, GQA)
     _same_types(grads, operands[:3])

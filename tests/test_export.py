@@ -106,7 +106,7 @@ def test_symbolic_shapes(name: str) -> None:
             tuple(int(eval(n, {}, sizes)) for n in shape.split(","))
             for shape in (query, cache, cache, windows)
         )
-        operands = [rng.standard_normal(shape, np.float32) for shape in (q, k, v)]
+        operands: list[Any] = [rng.standard_normal(shape, np.float32) for shape in (q, k, v)]
         operands.append(rng.integers(0, k[1] + 2, lengths, np.int32))
         expected = tuple(ragged_attention(*operands))
         for got, want in zip(read.call(*operands), expected, strict=True):

@@ -161,16 +161,20 @@ def test_merging_is_associative() -> None:
 def test_shared_prefix() -> None:
     """A prefix that all rows share, read once, and each row's own continuation."""
     case = BY_NAME["mha"]
-    query, key, value, lengths, _ = case.operands()
+    query, key, value, lengths = sharded.operands(case)
     prefix = [np.broadcast_to(x[:1, :8], x[:, :8].shape) for x in (key, value)]
-    whole = [np.concatenate([p, x], 1) for p, x in zip(prefix, (key, value), strict=True)]
+    whole: list[Any] = [
+        np.concatenate([p, x], 1) for p, x in zip(prefix, (key, value), strict=True)
+    ]
     shared = jax.vmap(
         lambda q: ragged_attention(q[None], key[:1, :8], value[:1, :8], jnp.array([8]))
     )(query)
     own = ragged_attention(query, key, value, lengths)
     parts = [jnp.stack([s[:, 0], o]) for s, o in zip(shared, own, strict=True)]
     for got, want in zip(
-        merge_partials(tuple(parts)), ragged_attention(query, *whole, lengths + 8), strict=True
+        merge_partials(tuple(parts)),
+        ragged_attention(query, whole[0], whole[1], lengths + 8),
+        strict=True,
     ):
         assert_close(got, want, 1e-6)
 
@@ -238,6 +242,12 @@ def test_errors(change: Any, axis: Any, error: type[Exception], message: str) ->
     parts = RaggedAttention(jnp.ones((3, 4, 6)), jnp.ones((3, 4)), jnp.ones((3, 4)))
     with pytest.raises(error, match=message):
         merge_partials(parts._replace(**change), axis)
+
+
+def test_results_that_are_not_stacked() -> None:
+    part = RaggedAttention(jnp.ones((4, 6)), jnp.ones(4), jnp.ones(4))
+    with pytest.raises(ValueError, match="Stack several results"):
+        merge_partials([part, part])  # type: ignore[list-item]
 
 
 def test_no_parts() -> None:
