@@ -34,11 +34,14 @@ def split_alike(operands: Sequence[jax.Array], rank: int) -> tuple[jax.Array, ..
     """Splits replicated leading dimensions over the explicit axes that split the others'.
 
     Splitting what every device holds moves nothing. Dimensions of size 1 are shared and stay
-    whole; where two operands are split differently, both stay as they are.
+    whole; where two operands are split differently, or one is unreduced, all stay as they are
+    and the primitive's checks say why that cannot be.
     """
     avals = [jax.typeof(x) for x in operands]
     mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)
     if mesh is None or not axes_of_type(mesh, AxisType.Explicit):
+        return tuple(operands)
+    if any(a.sharding.spec.unreduced or a.sharding.spec.reduced for a in avals):
         return tuple(operands)
     split = [{a.sharding.spec[i] for a in avals} - {None} for i in range(rank)]
     resharded = []

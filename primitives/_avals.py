@@ -75,6 +75,7 @@ class Operands:
                     f"with the {rank} leading dimensions of query; got {_describe(operands)}."
                 )
         _check_dtypes(primitive, operands)
+        _check_reduced(primitive, operands)
         leading = tuple(joined_size([a.shape[i] for a in operands.values()]) for i in range(rank))
         for name, aval in operands.items():
             for i, size in enumerate(aval.shape[:rank]):
@@ -183,6 +184,16 @@ def _check_dtypes(primitive: str, operands: Mapping[str, ShapedArray]) -> None:
             )
 
 
+def _check_reduced(primitive: str, operands: Mapping[str, ShapedArray]) -> None:
+    for name, aval in operands.items():
+        spec, manual = aval.sharding.spec, aval.manual_axis_type
+        if spec.unreduced or spec.reduced or manual.unreduced or manual.reduced:
+            raise TypeError(
+                f"{primitive}: {name} must be neither unreduced nor reduced over axes of a mesh; "
+                f"got {_describe(operands)}. Reshard it with jax.sharding.reshard."
+            )
+
+
 def _trailing(name: str) -> tuple[str, ...]:
     return TRAILING[name.removesuffix("_dot").removesuffix("_bar")]
 
@@ -282,7 +293,7 @@ def _joined_axes(
             if axis is not None and letter in ("S", "D", "Dv"):
                 what = "sequence" if letter == "S" else "head_dim"
                 how = (
-                    "Attend to each shard inside jax.shard_map and merge with jax_ragged.merge_partials."
+                    "Attend to each shard in jax.shard_map and merge with jax_ragged.merge_partials."
                     if letter == "S"
                     else "Shard the batch or the heads instead."
                 )

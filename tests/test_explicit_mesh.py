@@ -173,6 +173,14 @@ def test_rows_split_over_different_axes(mesh: Any) -> None:
             jax.jit(op(MQA))(query, key, value, lengths)
 
 
+def test_reduced(mesh: Any) -> None:
+    query, key, value, lengths = sharded.operands(GQA)
+    with jax.set_mesh(mesh):
+        query = jax.sharding.reshard(query, P(reduced={"data"}))
+        with pytest.raises(TypeError, match="query must be neither unreduced nor reduced"):
+            jax.jit(op(GQA))(query, key, value, lengths)
+
+
 def test_no_communication_but_for_shared_sums(mesh: Any) -> None:
     """Rows and heads are independent; only the one key head of MQA sums over its queries'."""
     for case, all_reduces in ((GQA, 0), (MQA, 2)):
