@@ -123,7 +123,8 @@ def transformer(
 
     `attend(layer, query, key, value)` is the attention of a layer, with whatever cache it has.
     """
-    x = params["bytes"][tokens] * params["norm"].shape[0] ** 0.5
+    # A product and not a look-up: the gradient of a look-up is a scatter, on CPUs one long loop.
+    x = jax.nn.one_hot(tokens, 256) @ params["bytes"] * params["norm"].shape[0] ** 0.5
     for i, layer in enumerate(params["layers"]):
         h = normalise(x, layer["attention_norm"])
         query, key, value = (
@@ -525,7 +526,7 @@ def read_text(path: str | None, least: int) -> Bytes:
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("steps", 600, "Steps of training.", lower_bound=1)
+    flags.DEFINE_integer("steps", 250, "Steps of training.", lower_bound=1)
     flags.DEFINE_integer("batch", 8, "Pieces of text in a step of training.", lower_bound=1)
     flags.DEFINE_integer("slots", 8, "Sequences that are decoded at once.", lower_bound=1)
     flags.DEFINE_integer("requests", 32, "Prompts in the queue.", lower_bound=1)

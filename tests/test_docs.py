@@ -5,9 +5,12 @@ import io
 import pathlib
 import re
 import textwrap
+import tomllib
 from typing import NamedTuple
 
 import pytest
+
+from jax_ragged.lowering import dispatch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
@@ -93,6 +96,27 @@ def test_files_named_in_a_page_exist(page: pathlib.Path) -> None:
         page.read_text(),
     )
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize(("row", "platform"), [("CPU", "cpu"), ("TPU", "tpu"), ("Hopper", "cuda")])
+def test_table_of_platforms_says_what_has_a_kernel(row: str, platform: str) -> None:
+    cells = re.search(rf"^\|[^|]*{row} \|(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert cells is not None
+    said = [cell.strip() for cell in cells[1].split("|")[:3]]
+    module = dispatch._module(platform)
+    have = ["kernel" if hasattr(module, f) else "reference" for f in ("forward", "jvp", "vjp")]
+    assert said == have
+
+
+def test_commands_ask_for_extras_that_exist() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        asked = re.search(r"'\.\[(.*?)\]'", command)
+        assert asked is not None
+        assert set(asked[1].split(",")) <= set(extras)
 
 
 def test_page_of_the_tests_itself_is_read() -> None:
