@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.core import Tracer
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
 from jax_ragged.lowering._compat import opened
@@ -22,9 +23,9 @@ _FOLLOWED = frozenset((
     "abs", "add", "and", "argmax", "argmin", "broadcast_in_dim", "clamp", "concatenate",
     "convert_element_type", "copy", "cumsum", "div", "dynamic_slice", "dynamic_update_slice",
     "eq", "expand_dims", "gather", "ge", "gt", "iota", "le", "lt", "max", "min", "mul", "ne",
-    "neg", "not", "or", "pad", "pcast", "pvary", "reduce_and", "reduce_max", "reduce_min",
+    "neg", "not", "or", "pad", "reduce_and", "reduce_max", "reduce_min",
     "reduce_or", "reduce_prod", "reduce_sum", "rem", "reshape", "rev", "select_n", "sign",
-    "slice", "sort", "squeeze", "stop_gradient", "sub", "transpose", "xor",
+    "slice", "sort", "squeeze", "sub", "transpose", "xor",
 ))
 _CALLS = frozenset((
     "checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit",
@@ -35,7 +36,7 @@ _CALLS = frozenset((
 
 def concrete(x: Any) -> Array | None:
     """An integer or boolean array of known elements, or None."""
-    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if isinstance(x, Tracer | jax.ShapeDtypeStruct):
         return None
     dtype = getattr(x, "dtype", None)
     if dtype is None:

@@ -293,7 +293,7 @@ def _joined_axes(
             if axis is not None and letter in ("S", "D", "Dv"):
                 what = "sequence" if letter == "S" else "head_dim"
                 how = (
-                    "Attend to each shard in jax.shard_map and merge with jax_ragged.merge_partials."
+                    "Attend to each shard in jax.shard_map and use jax_ragged.merge_partials."
                     if letter == "S"
                     else "Shard the batch or the heads instead."
                 )

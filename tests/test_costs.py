@@ -45,7 +45,7 @@ def test_forward() -> None:
     assert eqn.bytes_at_most == B * S * (K + V) + IO
     assert eqn.flops == 2 * Hq * TOKENS * (D + Dv)
     assert eqn.flops_at_most == 2 * Hq * B * S * (D + Dv)
-    assert eqn.intensity == eqn.flops / eqn.bytes
+    assert eqn.intensity == 2 * Hq * TOKENS * (D + Dv) / (TOKENS * (K + V) + IO)
 
 
 def test_windows_that_are_not_known() -> None:

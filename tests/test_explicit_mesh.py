@@ -176,7 +176,7 @@ def test_rows_split_over_different_axes(mesh: Any) -> None:
 def test_reduced(mesh: Any) -> None:
     query, key, value, lengths = sharded.operands(GQA)
     with jax.set_mesh(mesh):
-        query = jax.sharding.reshard(query, P(reduced={"data"}))
+        query = jax.sharding.reshard(query, P(reduced=frozenset({"data"})))
         with pytest.raises(TypeError, match="query must be neither unreduced nor reduced"):
             jax.jit(op(GQA))(query, key, value, lengths)
 
