@@ -1,5 +1,6 @@
 """Everything that is private to JAX or differs between its versions, each with its reason."""
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -77,3 +78,14 @@ def opened(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
     From 0.12 on a Jaxpr holds its constants, and there is no ClosedJaxpr around it.
     """
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def mosaic_gpu_load(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Array:
+    """`plgpu.load` of a whole ref, which until jax 0.11 took an index besides."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    required = index is not None and index.default is inspect.Parameter.empty
+    indices = ((),) if required else ()
+    loaded: jax.Array = plgpu.load(ref, *indices, layout=layout, optimized=optimized)
+    return loaded

@@ -28,6 +28,7 @@ from jax_ragged.lowering._compat import device_kind, interpret_mode
 _MODULES: dict[str, str] = {
     "cpu": "jax_ragged.lowering.cpu",
     "tpu": "jax_ragged.lowering.tpu",
+    "cuda": "jax_ragged.lowering.gpu",
 }
 
 

@@ -1,0 +1,167 @@
+"""Ragged attention on Hopper GPUs: a Pallas Mosaic GPU kernel that reads only the windows.
+
+A tile is what one row b of the cache has to do for one column: for a KV head h and up to 64 of
+the queries and query heads (q, g) that share it, padded to the 64 rows of a wgmma. A tile's
+window is the hull of its queries' windows, cut into blocks of T positions. The blocks of all
+rows stand in one line, of which each of a fixed number of CTAs, the parts, takes an equal,
+contiguous share, for each column: so few long rows fill the chip, and many short ones are
+balanced. The CTAs of one part read neighbouring heads of the same positions at the same time,
+which the memory likes. A share falls into segments, one a row, and a segment gives partial
+results, unnormalised:
+
+    m = max z_t        l = sum exp(z_t - m)        a = sum exp(z_t - m) v_t
+
+A second kernel merges the partials of each tile in the order of its blocks. Logits are kept in
+units of log 2.
+
+Positions are counted in the cache with its rows joined, [B * S, Hkv, D]: a block starts at a
+multiple of 8, as the copy engine's tiles do, which the start of a row need not be. What a block
+holds outside of the windows is masked; what lies past the end of the array arrives as 0.
+"""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_ragged.lowering.gpu.attend import attend, scratch
+from jax_ragged.lowering.gpu.merge import merge
+from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, Plan, make_plan
+from jax_ragged.lowering.gpu.schedule import count_blocks, schedule
+from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.reference import Arrays3
+
+_HEAD_DIMS = (64, 128, 256)
+_BLOCK_SIZE = 64
+# What int32 holds, with room for a block past the end.
+_MOST_POSITIONS = 2**31 - 1024
+# Devices of compute capability 9.0, as JAX names their kind.
+_HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
+
+
+def unsupported(
+    operation: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    params: RaggedAttentionParams,
+    device_kind: str | None,
+) -> str | None:
+    """Why a call is left to the reference, or None."""
+    del operation  # there is forward only
+    sizes = (*query.shape, *key.shape, *value.shape)
+    if not all(isinstance(n, int) for n in sizes):
+        return "the kernel needs static shapes, and these are symbolic"
+    if 0 in sizes:
+        return "there is nothing to compute"
+    if device_kind is None and params.implementation != "kernel":
+        return "the device is not known, and the kernel runs on Hopper GPUs only"
+    if device_kind is not None and not _HOPPER.search(device_kind):
+        return f"the kernel runs on Hopper GPUs (compute capability 9.0), and this is {device_kind}"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernel takes bfloat16 and float16, and this is {query.dtype}"
+    D, Dv = key.shape[3], value.shape[3]
+    if D not in _HEAD_DIMS or Dv not in _HEAD_DIMS:
+        return f"the kernel takes head dimensions of {_HEAD_DIMS}, and these are {D} and {Dv}"
+    if params.block_size not in (None, _BLOCK_SIZE):
+        return f"the kernel reads blocks of {_BLOCK_SIZE}, and block_size is {params.block_size}"
+    positions = key.shape[0] * key.shape[1]
+    if positions % SWIZZLE_ROWS:
+        return f"B * S must be a multiple of {SWIZZLE_ROWS} for the kernel, and is {positions}"
+    if positions > _MOST_POSITIONS:
+        return f"the kernel counts up to {_MOST_POSITIONS} positions, and B * S is {positions}"
+    return None
+
+
+def _query_tiles(plan: Plan, query: jax.Array) -> jax.Array:
+    """[B, Q, Hq, D] to [B, columns, rows, D]; a bitcast for one query a row of up to 8 heads."""
+    x = query.reshape(plan.B, plan.Q, plan.Hkv, plan.G, plan.D).transpose(0, 2, 1, 3, 4)
+    x = x.reshape(plan.B, plan.Hkv, plan.rows, plan.D)
+    if plan.rows > SWIZZLE_ROWS:
+        padded = plan.row_tiles * plan.tile_rows
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - plan.rows), (0, 0)))
+    return x.reshape(plan.B, plan.columns, -1, plan.D)
+
+
+def run(
+    plan: Plan,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    starts: jax.Array,
+    interpret: Any = None,
+) -> Arrays3:
+    bounds, windows = schedule(plan, lengths, starts)
+    scanned = plan.tables_in_shared_memory
+    blocks = () if scanned else (count_blocks(plan, bounds),)
+    statistics = jax.ShapeDtypeStruct((plan.partials, plan.tile_rows), jnp.float32)
+    accumulators = (plan.partials, plan.tile_rows, plan.accumulator_columns)
+    table = jax.ShapeDtypeStruct((plan.lines, plan.line_size), jnp.int32)
+    results = plgpu.kernel(
+        functools.partial(attend, plan),
+        out_type=[
+            jax.ShapeDtypeStruct(accumulators, jnp.float32),
+            statistics,
+            statistics,
+            *([table] if scanned else []),
+        ],
+        scratch_types=scratch(plan),
+        grid=(plan.parts * plan.columns,),
+        grid_names=("cta",),
+        num_threads=plan.warpgroups + 1,
+        thread_name="wg",
+        kernel_name="ragged_attention",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        interpret=interpret,
+    )(
+        *bounds,
+        *blocks,
+        *windows,
+        _query_tiles(plan, query),
+        key.reshape(plan.B * plan.S, plan.Hkv, plan.D),
+        value.reshape(plan.B * plan.S, plan.Hkv, plan.Dv),
+    )
+    partials, blocks = results[:3], blocks or results[3:]
+    rows = plan.B * plan.Q * plan.Hq
+    row = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    out, max_logits, denominator = plgpu.kernel(
+        functools.partial(merge, plan),
+        out_type=[
+            jax.ShapeDtypeStruct((rows, plan.accumulator_columns), plan.dtype),
+            row,
+            row,
+        ],
+        grid=(rows,),
+        grid_names=("row",),
+        kernel_name="ragged_attention_merge",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        interpret=interpret,
+    )(*bounds, *blocks, *partials)
+    out = out[:, : plan.Dv].reshape(plan.B, plan.Q, plan.Hq, plan.Dv)
+    return (
+        out,
+        max_logits.reshape(plan.B, plan.Q, plan.Hq),
+        denominator.reshape(plan.B, plan.Q, plan.Hq),
+    )
+
+
+def forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    starts: jax.Array,
+    *,
+    params: RaggedAttentionParams,
+) -> Arrays3:
+    """As `lowering.reference.forward`."""
+    plan = make_plan(query, key, value, params)
+    return run(plan, query, key, value, lengths, starts)

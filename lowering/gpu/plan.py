@@ -1,0 +1,151 @@
+"""Everything static about one call."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ragged.lowering.params import RaggedAttentionParams
+
+# Rows of a wgmma, the matrix product of a warpgroup.
+WGMMA_ROWS = 64
+# The rows of one tile of swizzled shared memory, and its bytes in a row.
+SWIZZLE_ROWS, SWIZZLE_BYTES = 8, 128
+# Columns of the values that one matrix product takes.
+CHUNK = 128
+# Of an H100 or H200: the number of CTAs is chosen for them, and right for any.
+_MULTIPROCESSORS = 132
+_SHARED_MEMORY = 227 * 1024
+# Of shared memory, for the tables, if they fit.
+_TABLES_BYTES = 20 * 1024
+
+
+def ceil_to(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one call.
+
+    Attributes:
+      rows: of queries and heads that share a KV head: Q * G.
+      T: positions in a block.
+      warpgroups: that compute, taking the blocks of a segment in turn.
+      stages: blocks of keys and of values in flight.
+      query_stages: tiles of queries in flight.
+      parts: of the line of blocks.
+    """
+
+    B: int
+    Q: int
+    Hq: int
+    Hkv: int
+    S: int
+    D: int
+    Dv: int
+    dtype: Any
+    params: RaggedAttentionParams
+    T: int
+    warpgroups: int
+    stages: int
+    query_stages: int
+    parts: int
+
+    @property
+    def G(self) -> int:
+        return self.Hq // self.Hkv
+
+    @property
+    def rows(self) -> int:
+        return self.Q * self.G
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.rows // WGMMA_ROWS)
+
+    @property
+    def tile_rows(self) -> int:
+        """The rows of a tile that are copied: all of them, in whole swizzle tiles."""
+        return min(ceil_to(self.rows, SWIZZLE_ROWS), WGMMA_ROWS)
+
+    @property
+    def columns(self) -> int:
+        """What is done for each row of the cache: KV heads, by tiles of their queries."""
+        return self.Hkv * self.row_tiles
+
+    @property
+    def partials(self) -> int:
+        """At most: a segment starts with a row or with a part."""
+        return self.columns * (self.B + self.parts) * self.warpgroups
+
+    @property
+    def accumulator_columns(self) -> int:
+        """Dv, but not less than the merging kernel's threads."""
+        return max(self.Dv, 128)
+
+    @property
+    def bounds(self) -> int:
+        """How many tables of the bounds of windows there are."""
+        return 2 if self.Q == 1 else 4
+
+    @property
+    def lines(self) -> int:
+        """Different lines of blocks; with one query, the tiles of a row have the same window."""
+        return 1 if self.Q == 1 else self.row_tiles
+
+    @property
+    def line_size(self) -> int:
+        """Rows, in whole units of what the copy engine moves."""
+        return ceil_to(self.B, 4)
+
+    @property
+    def tables_in_shared_memory(self) -> bool:
+        size = (self.bounds + 1) * self.lines * ceil_to(self.line_size, 32) * 4
+        return size <= _TABLES_BYTES and self.lines <= 8
+
+    @property
+    def chunk(self) -> int:
+        """Columns of the accumulator that one matrix product makes."""
+        return min(self.Dv, CHUNK)
+
+    @property
+    def query_step(self) -> int:
+        """Rows r of a tile with the same r // query_step are of one query."""
+        return self.G if self.row_tiles == 1 else math.gcd(self.G, WGMMA_ROWS)
+
+
+def make_plan(
+    query: jax.Array, key: jax.Array, value: jax.Array, params: RaggedAttentionParams
+) -> Plan:
+    B, Q, Hq, D = query.shape
+    S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
+    T = 64
+    parts = _parts(Hkv * -(-Q * (Hq // Hkv) // WGMMA_ROWS))
+    # Registers hold two accumulators of 128 columns; many parts give many partial results.
+    warpgroups = 2 if Dv <= CHUNK and parts <= 32 else 1
+    itemsize = jnp.dtype(query.dtype).itemsize
+    query_stages = 2 if D <= 128 else 1
+    queries = query_stages * WGMMA_ROWS * D * itemsize
+    results = warpgroups * WGMMA_ROWS * min(Dv, CHUNK) * 4
+    left = _SHARED_MEMORY - queries - results - _TABLES_BYTES - 4 * 1024
+    stages = left // (T * (D + Dv) * itemsize) // warpgroups * warpgroups
+    return Plan(
+        B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), params,
+        T, warpgroups, min(stages, 8), query_stages, parts,
+    )  # fmt: skip
+
+
+def _parts(columns: int) -> int:
+    """How many parts, with a CTA for each column, fill the multiprocessors best."""
+
+    def filled(waves: int) -> float:
+        parts = waves * _MULTIPROCESSORS // columns
+        # Fewer waves are better: each begins and ends with an idle memory.
+        return parts * columns / (waves * _MULTIPROCESSORS) - 0.1 * waves
+
+    fewest = -(-columns // _MULTIPROCESSORS)
+    waves = max(range(fewest, fewest + 4), key=filled)
+    return waves * _MULTIPROCESSORS // columns
