@@ -1,5 +1,6 @@
 """jax.export: three platforms from a CPU-only host, gradients, serialisation, symbolic shapes."""
 
+import contextlib
 import importlib.util
 import pathlib
 import re
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec as P
 
 import sharded
 from cases import Case, assert_results, ids
@@ -75,6 +76,27 @@ def test_kernels_are_in_it() -> None:
     for platform, marker in (("cpu", "cpu_kernel"), ("tpu", "tpu_kernel")):
         lowered = jax.jit(op(CASES[0])).trace(*operands).lower(lowering_platforms=(platform,))
         assert f"ragged_attention_forward_{marker}" in lowered.as_text(debug_info=True)
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_hopper_kernel_where_asked_for(partitioned: bool) -> None:
+    """Without a device the kind of GPU is not known: the kernel is in the module on request.
+
+    JAX gives no promise of stability for it, and wants to be told that this is known.
+    """
+    query = jax.ShapeDtypeStruct((4, 16, 128), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((4, 256, 4, 128), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((4,), jnp.int32)
+    partition = P("data", "model") if partitioned else None
+    run = jax.jit(lambda *x: ragged_attention(*x, implementation="kernel", partition=partition))
+    checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    mesh = sharded.make_mesh(AxisType.Auto) if partitioned else None
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        exported = export.export(run, platforms=("cuda",), disabled_checks=checks)(
+            query, cache, cache, lengths
+        )
+    assert "custom_call @mosaic_gpu_v2" in exported.mlir_module()
+    assert exported.nr_devices == (8 if partitioned else 1)
 
 
 # Dimension variables must be solvable from the shapes of the arguments, so that the query heads
