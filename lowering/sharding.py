@@ -34,8 +34,8 @@ def split_alike(operands: Sequence[jax.Array], rank: int) -> tuple[jax.Array, ..
     """Splits replicated leading dimensions over the explicit axes that split the others'.
 
     Splitting what every device holds moves nothing. Dimensions of size 1 are shared and stay
-    whole; where two operands are split differently, or one is unreduced, all stay as they are
-    and the primitive's checks say why that cannot be.
+    whole. A dimension that two operands split differently stays as it is, and so does all where
+    one is unreduced: the checks of the primitive then say what is required.
     """
     avals = [jax.typeof(x) for x in operands]
     mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)
