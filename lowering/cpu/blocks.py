@@ -1,8 +1,8 @@
-"""The blocks of the cache that windows touch, and the loops over them.
+"""The blocks of the cache that windows touch, the loop over them, and their heads in order.
 
-The blocks of all rows stand in one line, row after row, each row's from its first window's start
-to its last one's end. The line is cut into PARTS of equal length whose loops do not depend on
-each other, so that XLA runs them at the same time, whether there are many rows or one.
+The loop is one of XLA's while loops, which runs its steps one after another; XLA uses the cores
+of the machine within a step, where it splits an operation over them. So a step handles all heads
+of a block, a megabyte or so, whether there are many rows or one.
 """
 
 import functools
@@ -14,17 +14,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_ragged.lowering._compat import pcast_to_varying, varying_axes
+from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import statistics_dtype
-
-PARTS = 2
 
 _State = TypeVar("_State")
 _RowState = TypeVar("_RowState")
 
+# Elements of a block of keys: large enough to be split over cores, small enough for their caches.
+_BLOCK_ELEMENTS = 1 << 18
+# Up to so many heads, a copy of a block written head by head is faster than a transpose.
+_HEADS_CONCATENATED = 8
 
-def block_size(S: int, D: int, asked: int | None) -> int:
-    """Positions of a block: as asked, or such that one head's keys stay in a core's L2 cache."""
-    T = max(64, min(512, 32768 // max(D, 1))) if asked is None else asked
+
+def block_size(S: int, row_elements: int, asked: int | None) -> int:
+    """Positions of a block: as asked, or so many that reading past a short window is cheap."""
+    T = max(64, min(256, _BLOCK_ELEMENTS // max(row_elements, 1))) if asked is None else asked
     return min(T, S)
 
 
@@ -34,96 +38,115 @@ class Block(NamedTuple):
     Attributes:
       row: of the cache.
       start: its first position, such that it lies within the cache.
-      inside: bool [Q, T]: which positions lie in the block and in each query's window.
+      position: [T], the positions.
+      inside: bool [1 or Q * G, T]: which are new and in the window of each query.
+      used: bool [T]: which are inside for any query.
     """
 
     row: jax.Array
     start: jax.Array
+    position: jax.Array
     inside: jax.Array
+    used: jax.Array
 
 
-class Work(NamedTuple):
-    """What there is to read: windows lo <= t < hi [B, Q], and the line of blocks.
+class Windows(NamedTuple):
+    """Windows lo <= t < hi within the cache, [B, Q], and the blocks that they touch.
 
     Attributes:
-      lo, hi: the windows, within the cache.
-      start: [B], the first position of any window of the row.
-      first: [B], the place of the row's first block in the line.
-      count: [B], the number of the row's blocks.
-      items: the number of all blocks.
+      lo, hi: the windows.
+      start: [B], the first position of any window of the row, where its first block starts.
+      count: [B], the number of the row's blocks of T positions.
+      T: positions of a block.
+      S: positions of the cache.
     """
 
     lo: jax.Array
     hi: jax.Array
     start: jax.Array
-    first: jax.Array
     count: jax.Array
-    items: jax.Array
+    T: int
+    S: int
 
     @classmethod
-    def of(cls, lengths: jax.Array, starts: jax.Array, S: int, T: int) -> "Work":
+    def of(cls, lengths: jax.Array, starts: jax.Array, S: int, T: int) -> "Windows":
         lo, hi = jnp.maximum(starts, 0), jnp.minimum(lengths, S)
         empty = lo >= hi
         start = jnp.where(empty, S, lo).min(axis=1)
         end = jnp.where(empty, 0, hi).max(axis=1)
         count = lax.div(jnp.maximum(end - start, 0) + (T - 1), jnp.int32(T))
-        ends = jnp.cumsum(count, dtype=jnp.int32)
-        return cls(lo, hi, start, ends - count, count, ends[-1])
+        return cls(lo, hi, start, count, T, S)
 
     def fold(
         self,
-        part: int,
-        T: int,
-        S: int,
         state: _State,
+        G: int,
         begin_row: Callable[[jax.Array, _State], _RowState],
         block: Callable[[Block, _RowState], _RowState],
         end_row: Callable[[jax.Array, _State, _RowState], _State],
     ) -> _State:
-        """Runs through one part of the line, row by row and within it block by block."""
-        begin, end = (lax.div(self.items * p, jnp.int32(PARTS)) for p in (part, part + 1))
-        rows = self.start.size
-        first_row = (self.first + self.count <= begin).sum(dtype=jnp.int32)
-        last_row = rows - (self.first >= end).sum(dtype=jnp.int32)
+        """Runs through the rows and the blocks of each; G query heads share a key head."""
 
-        def one_row(b: jax.Array, state: _State) -> _State:
-            first, count, start = self.first[b], self.count[b], self.start[b]
-            lo, hi = self.lo[b][:, None], self.hi[b][:, None]
+        def row(b: jax.Array, state: _State) -> _State:
+            def step(j: jax.Array, row_state: _RowState) -> _RowState:
+                return block(self._block(b, j, G), row_state)
 
-            def one_block(j: jax.Array, row_state: _RowState) -> _RowState:
-                at = start + j * T
-                within = jnp.minimum(at, S - T)
-                position = within + lax.iota(jnp.int32, T)
-                inside = (position >= jnp.maximum(lo, at)) & (position < hi)
-                return block(Block(b, within, inside), row_state)
-
-            row_state = lax.fori_loop(
-                jnp.maximum(begin - first, 0),
-                jnp.minimum(end - first, count),
-                one_block,
-                begin_row(b, state),
-            )
+            count = self.count[b]
+            row_state = lax.fori_loop(jnp.zeros_like(count), count, step, begin_row(b, state))
             return end_row(b, state, row_state)
 
-        return lax.fori_loop(first_row, last_row, one_row, state)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(self.start.size), row, state)
+
+    def _block(self, b: jax.Array, j: jax.Array, G: int) -> Block:
+        at = self.start[b] + j * self.T
+        start = jnp.minimum(at, self.S - self.T)
+        position = start + lax.iota(jnp.int32, self.T)
+        lo, hi = self.lo[b][:, None], self.hi[b][:, None]
+        inside = (position >= jnp.maximum(lo, at)) & (position < hi)
+        used = inside.any(axis=0)
+        Q = inside.shape[0]
+        if Q > 1:
+            rows = jnp.broadcast_to(inside[:, None], (Q, G, self.T))
+            inside = rows.reshape(Q * G, self.T)
+        return Block(b, start, position, inside, used)
 
 
-def take(x: jax.Array, block: Block, h: jax.Array, T: int) -> jax.Array:
-    """The block of one head of a cache [B, S, Hkv, D], widened: [T, D].
+def take(x: jax.Array, block: Block) -> jax.Array:
+    """A block of a cache [B, S, Hkv, D], widened and by head, [Hkv, T, D]; 0 where not used."""
+    T, Hkv = block.position.size, x.shape[2]
+    if Hkv <= _HEADS_CONCATENATED:
+        heads = [_slice(x, block, h, 1, T).reshape(1, T, x.shape[3]) for h in range(Hkv)]
+        by_head = jnp.concatenate(heads)
+    else:
+        by_head = _slice(x, block, 0, Hkv, T).transpose(1, 0, 2)
+    by_head = jnp.where(block.used[:, None], by_head, 0)
+    # Without the barrier XLA leaves the heads interleaved, and its dots take thrice as long.
+    taken: jax.Array = lax.optimization_barrier(by_head)
+    return taken
+
+
+def _slice(x: jax.Array, block: Block, h: int, heads: int, T: int) -> jax.Array:
+    """[T, heads, D], widened.
 
     XLA would rather widen a bfloat16 cache as a whole, ahead of the loops. It cannot if it is
     the bits that are read, by way of a value that changes with every step.
     """
-    wide = statistics_dtype(x.dtype)
-    zero = jnp.zeros((), jnp.int32)
-    at = (block.row, block.start, h, zero)
-    sizes = (1, T, 1, x.shape[-1])
+    at = tuple(map(jnp.int32, (block.row, block.start, h, 0)))
+    sizes = (1, T, heads, x.shape[3])
     if x.dtype == jnp.bfloat16:
         x, at = lax.optimization_barrier((x, at))
         bits = lax.dynamic_slice(lax.bitcast_convert_type(x, jnp.uint16), at, sizes)
-        bits = bits.reshape(T, x.shape[-1]).astype(jnp.uint32) << 16
-        return lax.bitcast_convert_type(bits, jnp.float32)
-    return lax.dynamic_slice(x, at, sizes).reshape(T, x.shape[-1]).astype(wide)
+        return lax.bitcast_convert_type(bits[0].astype(jnp.uint32) << 16, jnp.float32)
+    return lax.dynamic_slice(x, at, sizes)[0].astype(statistics_dtype(x.dtype))
+
+
+def put_block(x: jax.Array, block: Block, by_head: jax.Array) -> jax.Array:
+    """Writes [Hkv, T, D] where the block of x [B, S, Hkv, D] is used."""
+    at = tuple(map(jnp.int32, (block.row, block.start, 0, 0)))
+    new = by_head.astype(x.dtype).transpose(1, 0, 2)
+    old = lax.dynamic_slice(x, at, (1, *new.shape))[0]
+    new = jnp.where(block.used[:, None, None], new, old)
+    return lax.dynamic_update_slice(x, new[None], at)
 
 
 def varying_like(like: jax.Array, x: jax.Array) -> jax.Array:
@@ -145,19 +168,6 @@ def by_query(x: jax.Array, Q: int) -> jax.Array:
     return jnp.moveaxis(x, 2, 1).reshape(B, Q, Hkv * (R // Q), *x.shape[4:])
 
 
-def for_rows(inside: jax.Array, R: int) -> jax.Array:
-    """[Q, T] to [R, T], R = Q * G, or to [1, T] where one serves all."""
-    Q, T = inside.shape
-    if Q == 1:
-        return inside
-    return jnp.broadcast_to(inside[:, None], (Q, R // Q, T)).reshape(R, T)
-
-
-def over_heads(Hkv: int, body: Callable[[jax.Array, _State], _State], state: _State) -> _State:
-    """A loop over key heads: unrolled it would be no faster and longer to compile."""
-    return lax.fori_loop(jnp.int32(0), jnp.int32(Hkv), body, state)
-
-
 def pick(x: jax.Array, i: jax.Array) -> jax.Array:
     """x[i], i within bounds."""
     return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
@@ -168,4 +178,25 @@ def put(x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(x, part, i, 0)
 
 
-dot = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
+def _dot(contract: tuple[int, int], x: jax.Array, y: jax.Array) -> jax.Array:
+    dims = (((contract[0],), (contract[1],)), ((0,), (0,)))
+    return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
+
+
+# For each head: rows with positions, [R, D] x [T, D] to [R, T]; [R, T] x [T, D] to [R, D];
+# [R, T] x [R, D] to [T, D].
+along_features = functools.partial(_dot, (2, 2))
+along_positions = functools.partial(_dot, (2, 1))
+along_rows = functools.partial(_dot, (1, 1))
+
+
+def soft_cap(s: jax.Array, params: RaggedAttentionParams) -> jax.Array:
+    """From s = scale <q, k> to z."""
+    cap = params.logits_soft_cap
+    return s if cap is None else cap * jnp.tanh(s / cap)
+
+
+def soft_cap_slope(z: jax.Array, params: RaggedAttentionParams) -> jax.Array | float:
+    """dz / ds at z."""
+    cap = params.logits_soft_cap
+    return 1.0 if cap is None else 1 - jnp.square(z / cap)
