@@ -58,6 +58,17 @@ def unsupported(
     return chosen if isinstance(chosen, str) else None
 
 
+def step_bytes(
+    query: Any, key: Any, value: Any, params: RaggedAttentionParams, device_kind: str | None
+) -> int:
+    """Bytes of the cache that one grid step of the forward kernel reads, for benchmarks."""
+    call = _Call(query, key, value)
+    blocks = call.blocks(chip_of(device_kind), params)
+    if isinstance(blocks, str):
+        raise NotImplementedError(f"ragged_attention: {blocks}.")
+    return call.problem.cache_bytes(blocks.T)
+
+
 class _Call:
     """The sizes of one call, and how its queries become rows of the kernel.
 
@@ -84,9 +95,12 @@ class _Call:
         self.rows = round_up(self.Hkv * self.head_rows, SUBLANES)
         self.V = self.B * self.tiles
 
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.key, self.value, self.dtype, self.rows, self.V, self.S)
+
     def blocks(self, chip: Chip, params: RaggedAttentionParams) -> Blocks | str:
-        problem = Problem(self.key, self.value, self.dtype, self.rows, self.V, self.S)
-        return block_size.choose(problem, chip, params.block_size)
+        return block_size.choose(self.problem, chip, params.block_size)
 
     def pad_cache(self, x: jax.Array) -> jax.Array:
         missing = self.S - x.shape[1]

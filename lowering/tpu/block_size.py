@@ -27,6 +27,7 @@ SMEM_BYTES = 768 * 1024
 # Registers [8, 128] that the logits of one chunk take: enough work to hide the latency of the
 # matrix units, few enough to be spilled little.
 CHUNK_REGISTERS = 32
+MIN_COLUMNS = 512
 MAX_COLUMNS = 2048
 MAX_MIB = 4.0
 
@@ -67,7 +68,14 @@ class Problem:
         accumulators = 4 * self.rows * (wide[1] + 4 * LANES)
         columns = chunk * max(self.key.columns, self.value.columns)
         tiles = max(self.key.tiles, self.value.tiles)
-        return 2 * double_buffered + accumulators + 2 * 4 * self.rows * tiles * columns
+        logits = 2 * 4 * self.rows * tiles * columns
+        # Between different columns of keys and values stands a 0/1 matrix, in three parts if exact.
+        differ = (self.key.columns, self.key.interleaved) != (
+            self.value.columns,
+            self.value.interleaved,
+        )
+        selection = 3 * 4 * chunk * columns if differ else 0
+        return 2 * double_buffered + accumulators + logits + selection
 
     def smem_bytes(self, T: int) -> int:
         """Bytes of the work list."""
@@ -134,7 +142,7 @@ def _fits(problem: Problem, chip: Chip, T: int) -> bool:
 
 def _chunk(problem: Problem, T: int) -> int:
     """The largest divisor of T, in granules, whose logits take CHUNK_REGISTERS at most."""
-    columns = CHUNK_REGISTERS * SUBLANES * LANES // problem.rows
+    columns = max(CHUNK_REGISTERS * SUBLANES * LANES // problem.rows, MIN_COLUMNS)
     wanted = min(columns, MAX_COLUMNS) // problem.key.columns // problem.granule
     granules = T // problem.granule
     return problem.granule * max(n for n in range(1, max(wanted, 1) + 1) if granules % n == 0)
@@ -143,5 +151,6 @@ def _chunk(problem: Problem, T: int) -> int:
 def _blocks(problem: Problem, chip: Chip, T: int) -> Blocks:
     chunk = _chunk(problem, T)
     declared = problem.vmem_bytes(T, chunk)
-    limit = max(declared + declared // 4 + MIB, 8 * MIB)
+    # The compiler spills registers besides, most of all those of exact float32 products.
+    limit = max(2 * declared + MIB, 16 * MIB)
     return Blocks(T, chunk, min(limit, chip.vmem) if _fits(problem, chip, T) else limit)

@@ -147,9 +147,7 @@ def _token(rows: int, start: int, columns: int) -> jax.Array:
 class Windows:
     """The windows of the rows of one step, as masks over the columns of a layout."""
 
-    def __init__(
-        self, plan: Plan, lo: jax.Array, hi: jax.Array, block_start: jax.Array
-    ) -> None:
+    def __init__(self, plan: Plan, lo: jax.Array, hi: jax.Array, block_start: jax.Array) -> None:
         """lo and hi are scalars, or [P, 128] where queries have windows of their own."""
         self._plan, self._lo, self._hi, self._start = plan, lo, hi, block_start
 

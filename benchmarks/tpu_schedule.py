@@ -1,0 +1,398 @@
+"""The forward TPU kernels by the schedules of the real compiler, without a TPU.
+
+    python -m benchmarks.tpu_schedule [--generations=v5e,7x] [--save]
+
+libtpu compiles each case for each generation and writes its VLIW code. One bundle issues in a
+cycle, so the bundles of a grid step that lies in a window are the cycles of its compute; what the
+DMA of the step's block takes follows from the generation's bandwidth and clock. A kernel is bound
+by memory where the first are fewer.
+
+Assumptions: bandwidths are those that jax publishes for a core, clocks are estimates from
+published peak rates; no cycle is lost to memory banks, to the issue of DMAs or to waiting within
+a step; DMA reaches the published bandwidth. The fraction of bandwidth is then
+min(1, DMA cycles / bundles) for long windows. The first and the last block of a window run the
+masked code, whose bundles are not in the figure.
+"""
+
+import dataclasses
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+DUMP = tempfile.TemporaryDirectory(prefix="tpu_schedule_")
+# Before libtpu is loaded.
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_llo_text=true"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from jax_ragged import ragged_attention
+from jax_ragged.lowering import tpu
+from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.tpu.chips import MIB, chip_of
+
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "7x": "tpu7x:2x2x1",
+}
+B, S = 8, 4096
+DTYPE = jnp.bfloat16
+GOAL = 0.8
+
+_GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGIES), "which to compile for")
+_PEERS = flags.DEFINE_bool("peers", True, "whether to compile jax's own kernels too")
+_SAVE = flags.DEFINE_bool("save", False, "write docs/tpu_schedule.md and docs/tpu_schedule.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Head counts, head dimension and queries of a row."""
+
+    Hq: int
+    Hkv: int
+    D: int
+    Q: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.Hq}/{self.Hkv}/{self.D}" + (f" Q={self.Q}" if self.Q > 1 else "")
+
+
+CASES = (
+    Case(32, 8, 128),
+    Case(64, 8, 128),
+    Case(32, 32, 128),
+    Case(16, 2, 256),
+    Case(8, 1, 128),
+    Case(64, 8, 64),
+    Case(32, 8, 128, Q=8),
+    Case(64, 8, 64, Q=8),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is printed of one case on one generation; None is not applicable."""
+
+    generation: str
+    kernel: str
+    case: str
+    temp: int
+    copies: int
+    block: float | None
+    bundles: int
+    dma: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.dma is None else self.bundles / self.dma
+
+    def cells(self) -> tuple[str, ...]:
+        ratio = self.ratio
+        return (
+            self.generation,
+            self.kernel,
+            self.case,
+            f"{self.temp}",
+            f"{self.copies}",
+            "-" if self.block is None else f"{self.block:g}",
+            f"{self.bundles}",
+            "-" if self.dma is None else f"{self.dma:.0f}",
+            "-" if ratio is None else f"{ratio:.2f}",
+            "-" if ratio is None else f"{min(1.0, 1 / ratio):.2f}",
+        )
+
+
+HEADER = (
+    "chip",
+    "kernel",
+    "Hq/Hkv/D",
+    "temp bytes",
+    "cache copies",
+    "MiB a step",
+    "bundles",
+    "DMA cycles",
+    "ratio",
+    "of bandwidth",
+)
+
+_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:LB|PB|PF|LH|LE|CT)?\s*:\s*(>*)", re.MULTILINE)
+_MOVES = re.compile(r"= \(?\w+\[([\d,]+)\].*? (copy|copy-start|transpose|convert|fusion|pad)\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Region:
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin + 1
+
+
+class Schedule:
+    """The bundles of a kernel: their loop depth, text, and the regions that a branch can skip."""
+
+    def __init__(self, text: str) -> None:
+        marks = list(_BUNDLE.finditer(text))
+        ends = [m.start() for m in marks[1:]] + [len(text)]
+        self.depth = [len(m[2]) for m in marks]
+        self.text = [text[m.end() : end] for m, end in zip(marks, ends, strict=True)]
+        self.regions = list(self._regions())
+
+    def _regions(self) -> Iterator[_Region]:
+        begun: dict[str, int] = {}
+        for i, body in enumerate(self.text):
+            for what, name in re.findall(r"(Start|End) region (\d+)", body):
+                if what == "Start":
+                    begun[name] = i
+                elif name in begun:
+                    yield _Region(begun[name], i)
+
+    def _has(self, region: _Region, test: Callable[[int], bool]) -> bool:
+        return any(test(i) for i in range(region.begin, region.end + 1))
+
+    def steady_step(self) -> int:
+        """The bundles of a grid step in the middle of a row.
+
+        The loop over the grid, without what such a step skips: the reset of a new row ahead of
+        the unmasked block, the masked block with its loop over chunks, and the division at the
+        end of a row.
+        """
+        grid = [i for i, depth in enumerate(self.depth) if depth >= 1]
+        inside = [r for r in self.regions if grid[0] < r.begin and r.end < grid[-1]]
+        looping = [r for r in inside if self._has(r, lambda i: self.depth[i] > 1)]
+        flat = [r for r in inside if r not in looping]
+        unmasked = max(flat, key=lambda r: r.size)
+        masked = max((r for r in looping if r.begin > unmasked.end), key=lambda r: r.size)
+        reset = [r.size for r in flat if r.end < unmasked.begin and self._stores_only(r)]
+        divides = [
+            r.size
+            for r in flat
+            if r.begin > masked.end - 1 and self._has(r, lambda i: "vrcp" in self.text[i])
+        ]
+        return len(grid) - masked.size - max(reset, default=0) - min(divides, default=0)
+
+    def _stores_only(self, region: _Region) -> bool:
+        stores = self._has(region, lambda i: " vst" in self.text[i])
+        dma = self._has(region, lambda i: "dma." in self.text[i])
+        return stores and not dma
+
+
+def _clear_dump() -> None:
+    for path in Path(DUMP.name).iterdir():
+        path.unlink()
+
+
+def _kernel_text(name: str) -> str:
+    paths = [p for p in Path(DUMP.name).glob(f"*{name}*final_bundles.txt") if "sched" not in p.name]
+    return max(paths, key=lambda p: p.stat().st_mtime).read_text()
+
+
+def _size(shape: str) -> int:
+    size = 1
+    for n in shape.split(","):
+        size *= int(n)
+    return size
+
+
+def _copies(program: Any, elements: int) -> int:
+    found = (_MOVES.search(line) for line in program.as_text().splitlines())
+    return sum(1 for match in found if match and _size(match[1]) >= elements)
+
+
+def _compile(
+    generation: str, call: Callable[..., Any], *shapes: tuple[tuple[int, ...], Any]
+) -> Any:
+    device = topologies.get_topology_desc(
+        platform="tpu", topology_name=TOPOLOGIES[generation]
+    ).devices[0]
+    sharding = SingleDeviceSharding(device)
+    _clear_dump()
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+    return device, jax.jit(call).lower(*arrays).compile()
+
+
+def ours(generation: str, case: Case) -> Row:
+    """The kernel with its default block size."""
+    query, cache = (B, case.Q, case.Hq, case.D), (B, S, case.Hkv, case.D)
+    window = ((B, case.Q), jnp.int32)
+
+    def call(*operands: jax.Array) -> Any:
+        return ragged_attention(*operands, implementation="kernel")
+
+    device, program = _compile(
+        generation, call, (query, DTYPE), (cache, DTYPE), (cache, DTYPE), window, window
+    )
+    chip = chip_of(device.device_kind)
+    q, k = (jax.ShapeDtypeStruct(shape, DTYPE) for shape in (query, cache))
+    mib = tpu.step_bytes(q, k, k, RaggedAttentionParams(), device.device_kind) / MIB
+    return Row(
+        generation,
+        "ours",
+        str(case),
+        program.memory_analysis().temp_size_in_bytes,
+        _copies(program, B * S * case.Hkv * case.D // 2),
+        mib,
+        Schedule(_kernel_text("ragged_attention_")).steady_step(),
+        mib * chip.dma_cycles,
+    )
+
+
+def paged_attention(generation: str, case: Case) -> Row:
+    """jax's paged attention: its cache is head-major pages, its bundles the whole kernel's."""
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as peer
+
+    page = 64
+    pages = (case.Hkv, B * S // page, page, case.D)
+
+    def call(q: Any, k: Any, v: Any, lengths: Any, indices: Any) -> Any:
+        return peer(q, k, v, lengths, indices, pages_per_compute_block=8)
+
+    shapes = (
+        ((B, case.Hq, case.D), DTYPE),
+        (pages, DTYPE),
+        (pages, DTYPE),
+        ((B,), jnp.int32),
+        ((B, S // page), jnp.int32),
+    )
+    return _peer("paged_attention", generation, case, call, *shapes)
+
+
+def ragged_paged_attention(generation: str, case: Case) -> Row:
+    """jax's ragged paged attention: keys and values interleaved in pages."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
+        ragged_paged_attention as peer,
+    )
+
+    page = 64
+
+    def call(*operands: Any) -> Any:
+        return peer(*operands, num_kv_pages_per_block=8, num_queries_per_block=8)
+
+    shapes = (
+        ((B, case.Hq, case.D), DTYPE),
+        ((B * S // page, page, 2 * case.Hkv, case.D), DTYPE),
+        ((B,), jnp.int32),
+        ((B, S // page), jnp.int32),
+        ((B + 1,), jnp.int32),
+        ((1,), jnp.int32),
+    )
+    return _peer("ragged_paged_attention", generation, case, call, *shapes)
+
+
+def _peer(name: str, generation: str, case: Case, call: Any, *shapes: Any) -> Row:
+    _, program = _compile(generation, call, *shapes)
+    paths = [p for p in Path(DUMP.name).glob("*schedule-analysis_final_bundles.txt")]
+    totals = [
+        int(match[1])
+        for path in paths
+        for text in [path.read_text()]
+        if "tpu_custom_call" in text
+        for match in [re.search(r"total scheduled bundles:\s*(\d+)", text)]
+        if match
+    ]
+    return Row(
+        generation,
+        name,
+        str(case),
+        program.memory_analysis().temp_size_in_bytes,
+        _copies(program, B * S * case.Hkv * case.D // 2),
+        None,
+        max(totals),
+        None,
+    )
+
+
+def _lines(rows: list[Row]) -> Iterator[str]:
+    yield "| " + " | ".join(HEADER) + " |"
+    yield "|" + "---|" * len(HEADER)
+    for row in rows:
+        yield "| " + " | ".join(row.cells()) + " |"
+
+
+def _plot(rows: list[Row], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    mine = [r for r in rows if r.ratio is not None]
+    cases = list(dict.fromkeys(r.case for r in mine))
+    generations = list(dict.fromkeys(r.generation for r in mine))
+    width = 0.8 / len(generations)
+    for i, generation in enumerate(generations):
+        ratios = {r.case: r.ratio for r in mine if r.generation == generation}
+        axes.bar(
+            [j + (i - (len(generations) - 1) / 2) * width for j in range(len(cases))],
+            [ratios.get(case) or 0.0 for case in cases],
+            width,
+            label=generation,
+        )
+    axes.axhline(GOAL, color="black", linestyle="--", linewidth=1, label=f"goal {GOAL}")
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_ylabel("bundles of a step / cycles of its DMA")
+    axes.set_xlabel("Hq/Hkv/D, bfloat16, default block size")
+    axes.legend(ncols=len(generations) + 1, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _save(rows: list[Row]) -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    import libtpu
+
+    title = (
+        "# Schedules of the TPU kernels\n\n"
+        "Written by `python -m benchmarks.tpu_schedule --save` with jax "
+        f"{jax.__version__} and libtpu {getattr(libtpu, '__version__', 'of unknown version')}; "
+        "[tpu.md](tpu.md) says what the columns mean.\n\n"
+    )
+    text = title + "\n".join(_lines(rows)) + "\n\n![ratios](tpu_schedule.png)\n"
+    (docs / "tpu_schedule.md").write_text(text)
+    _plot(rows, docs / "tpu_schedule.png")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    unknown = set(_GENERATIONS.value) - set(TOPOLOGIES)
+    if unknown:
+        raise app.UsageError(f"--generations: {sorted(unknown)} not in {list(TOPOLOGIES)}")
+    rows: list[Row] = []
+    for generation in _GENERATIONS.value:
+        for case in CASES:
+            rows.append(ours(generation, case))
+            print("\t".join(rows[-1].cells()), flush=True)
+        for peer in (paged_attention, ragged_paged_attention) if _PEERS.value else ():
+            for case in CASES[:2]:
+                try:
+                    rows.append(peer(generation, case))
+                    print("\t".join(rows[-1].cells()), flush=True)
+                except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+                    reason = str(error).splitlines()[0][:100]
+                    print(f"{generation}\t{peer.__name__}\t{case}\tdoes not compile: {reason}")
+    print(__doc__)
+    print("\n".join(_lines(rows)))
+    over = [r for r in rows if r.ratio is not None and r.ratio > GOAL]
+    print(f"\n{len(over)} of {len(rows)} over the goal of {GOAL}:")
+    for row in over:
+        print(f"  {row.generation} {row.case}: {row.ratio:.2f}")
+    if _SAVE.value:
+        _save(rows)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,83 @@
+"""The forward TPU kernel by the real compiler: nothing of the cache moves but the windows."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from tpu_programs import TOPOLOGIES, cache_sized, compile_call
+
+HEADS = (1, 2, 4, 8, 16, 32)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+DTYPES = ("bfloat16", "float32")
+# Each generation takes a part of all combinations of heads, D, dtype, by turns, and v5e, where
+# compiling is fastest, all of them; with Dv = D, then a part of those with another.
+_ALL = tuple(itertools.product(HEADS, HEAD_DIMS, DTYPES))
+# Hq, Hkv, D: the cases whose schedules benchmarks/tpu_schedule.py reads.
+SCHEDULED = ((32, 8, 128), (64, 8, 128), (32, 32, 128), (16, 2, 256), (8, 1, 128), (64, 8, 64))
+
+
+def _heads(Hkv: int) -> int:
+    """Hq: MHA for many heads, GQA and MQA for few."""
+    return Hkv if Hkv >= 16 else 4 * Hkv
+
+
+def _same_head_dims() -> Iterator[tuple[str, int, int, int, str]]:
+    for number, generation in enumerate(TOPOLOGIES):
+        for i, (Hkv, D, dtype) in enumerate(_ALL):
+            if generation == "v5e" or i % 7 == number:
+                yield generation, Hkv, D, D, dtype
+
+
+def _other_head_dims() -> Iterator[tuple[str, int, int, int, str]]:
+    pairs = [(D, Dv) for D, Dv in itertools.permutations(HEAD_DIMS, 2)]
+    for i, (D, Dv) in enumerate(pairs):
+        if i % 2:
+            continue
+        generation = tuple(TOPOLOGIES)[i // 2 % len(TOPOLOGIES)]
+        yield generation, HEADS[i // 2 % 5], D, Dv, DTYPES[i // 4 % 2]
+
+
+def _assert_reads_in_place(
+    generation: str, Hkv: int, D: int, Dv: int, dtype: str, Hq: int, Q: int = 1
+) -> None:
+    B, S = 4, 2048
+    program = compile_call(generation, Hq=Hq, Hkv=Hkv, D=D, Dv=Dv, dtype=dtype, B=B, S=S, Q=Q)
+    assert cache_sized(program, B * S * Hkv * min(D, Dv) // 2) == []
+    assert "tpu_custom_call" in program.as_text()
+    memory = program.memory_analysis()
+    # The work list and the rows of queries; on a megacore chip the two partial results in float32.
+    results = B * Q * Hq * (Dv + 2) * 4
+    queries = B * Q * max(Hq, 8 * Hkv) * 4 * (D + Dv)
+    assert memory.temp_size_in_bytes <= 3 * results + 2 * queries + 2**17
+
+
+@pytest.mark.parametrize(("generation", "Hkv", "D", "Dv", "dtype"), list(_same_head_dims()))
+def test_reads_in_place(generation: str, Hkv: int, D: int, Dv: int, dtype: str) -> None:
+    _assert_reads_in_place(generation, Hkv, D, Dv, dtype, _heads(Hkv))
+
+
+@pytest.mark.parametrize(("generation", "Hkv", "D", "Dv", "dtype"), list(_other_head_dims()))
+def test_reads_in_place_with_another_value_dim(
+    generation: str, Hkv: int, D: int, Dv: int, dtype: str
+) -> None:
+    _assert_reads_in_place(generation, Hkv, D, Dv, dtype, _heads(Hkv))
+
+
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize(("Hq", "Hkv", "D"), SCHEDULED)
+def test_scheduled_cases(generation: str, Hq: int, Hkv: int, D: int) -> None:
+    _assert_reads_in_place(generation, Hkv, D, D, "bfloat16", Hq)
+
+
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize(("Hq", "Hkv", "D"), [(32, 8, 128), (64, 8, 64)])
+def test_eight_queries(generation: str, Hq: int, Hkv: int, D: int) -> None:
+    _assert_reads_in_place(generation, Hkv, D, D, "bfloat16", Hq, Q=8)
+
+
+@pytest.mark.parametrize(
+    ("Hq", "name"), [(8, "ragged_attention_mha"), (32, "ragged_attention_gqa")]
+)
+def test_kernel_names(Hq: int, name: str) -> None:
+    assert name in compile_call("v5e", Hq=Hq, Hkv=8, D=128).as_text()

@@ -1,0 +1,265 @@
+"""The forward TPU kernel, interpreted on the CPU through the primitive, against the oracle."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # no public reader of races
+from jax.experimental.pallas import tpu as pltpu
+
+from cases import Case, Operands, assert_results, ids, poison
+from jax_ragged import RaggedAttention, ragged_attention
+from jax_ragged.lowering import tpu
+from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.tpu import work_list
+
+# One for each way that the kernel reads a cache and brings heads together, with two blocks or
+# more; rows end and start at every kind of edge.
+CASES = (
+    Case(
+        "compact",
+        (300, 128, 0, 65),
+        (0, 64, 0, 63),
+        Hq=8,
+        Hkv=2,
+        S=300,
+        D=128,
+        Dv=128,
+        block_size=128,
+    ),
+    Case(
+        "eight_rows_a_head", (200, 129), (0, 128), Hq=16, Hkv=2, S=200, D=128, Dv=128, block_size=64
+    ),
+    Case("mha", (130, 33), (1, 31), Hq=8, Hkv=8, S=130, D=128, Dv=128, block_size=32),
+    Case("mha_scaled", (130, 33), (1, 31), Hq=8, Hkv=8, S=130, D=128, Dv=128, softmax_scale=-0.3),
+    Case("tiles_of_lanes", (200, 97), (64, 96), Hq=4, Hkv=2, S=200, D=256, Dv=256, block_size=32),
+    Case("one_head", (300, 255), (0, 254), Hq=5, Hkv=1, S=300, D=128, Dv=128, block_size=128),
+    Case("odd_heads", (260, 130), (0, 127), Hq=6, Hkv=3, S=260, D=128, Dv=128, block_size=128),
+    Case("sequence", (300, 129), (128, 127), Hq=4, Hkv=2, S=300, D=64, Dv=80, block_size=128),
+    Case("heads_by_eight", (140, 60), (0, 59), Hq=8, Hkv=8, S=140, D=256, Dv=128),
+    Case("not_dividing_the_lanes", (70, 33), (2, 0), Hq=24, Hkv=24, S=70, D=128, Dv=128),
+    Case("tokens_to_sequence", (300, 129), (128, 0), Hq=4, Hkv=2, S=300, D=128, Dv=64),
+    Case("sequence_to_tokens", (300, 129), (128, 0), Hq=4, Hkv=2, S=300, D=64, Dv=128),
+    Case("tiles_to_tokens", (200, 129), (64, 0), Hq=4, Hkv=2, S=200, D=256, Dv=128),
+    Case(
+        "queries",
+        ((300, 128, 9), (5, 0, 2**30)),
+        ((130, 0, -3), (3, 0, 129)),
+        Q=3,
+        Hq=8,
+        Hkv=2,
+        S=300,
+        D=128,
+        Dv=128,
+        block_size=64,
+    ),
+    Case(
+        "queries_sequence",
+        ((300, 128), (5, 257)),
+        ((130, 0), (3, 200)),
+        Q=2,
+        Hq=4,
+        Hkv=2,
+        S=300,
+        D=64,
+        Dv=64,
+        block_size=128,
+    ),
+    Case(
+        "queries_mixed",
+        ((300, 128), (5, 257)),
+        ((130, 0), (3, 200)),
+        Q=2,
+        Hq=4,
+        Hkv=2,
+        S=300,
+        D=64,
+        Dv=128,
+        block_size=128,
+    ),
+    Case(
+        "soft_cap",
+        (200, 129),
+        (0, 128),
+        Hq=4,
+        Hkv=2,
+        S=200,
+        D=128,
+        Dv=128,
+        softmax_scale=0.5,
+        logits_soft_cap=2.0,
+    ),
+    Case("bfloat16", (300, 128), (0, 64), Hq=8, Hkv=8, S=300, D=128, Dv=128, dtype="bfloat16"),
+    Case(
+        "bfloat16_tiles", (300, 129), (0, 64), Hq=4, Hkv=2, S=300, D=256, Dv=256, dtype="bfloat16"
+    ),
+    Case(
+        "bfloat16_sequence", (300, 129), (0, 64), Hq=4, Hkv=2, S=300, D=64, Dv=64, dtype="bfloat16"
+    ),
+    Case("short_cache", (3, 0), None, Hq=2, Hkv=2, S=5, D=16, Dv=8),
+    Case("all_empty", (0, 3), (0, 4), Hq=4, Hkv=2, S=40, D=128, Dv=128, mask_value=-1e4),
+    Case("large_logits", (300, 129), None, Hq=4, Hkv=2, S=300, D=128, Dv=128, logit_size=30.0),
+)
+MODES = ("on_wait", "eager")
+
+
+def _run(case: Case, operands: Operands, mode: Any = "on_wait") -> RaggedAttention:
+    """The kernel with race detection and NaN in all memory that nothing has written."""
+    params = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", dma_execution_mode=mode
+    )
+    with pltpu.force_tpu_interpret_mode(params):
+        results = ragged_attention(
+            *map(jnp.asarray, operands[:4]),
+            None if operands.starts is None else jnp.asarray(operands.starts),
+            **case.params,
+            implementation="kernel",
+        )
+        return jax.block_until_ready(results)
+
+
+def _no_race() -> bool:
+    races = interpret_pallas_call.races
+    return races is not None and not races.races_found
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_values(case: Case) -> None:
+    """Values, with NaN in the cache outside of the windows, and no race."""
+    operands = case.operands()
+    # Sums of 256 products in float32 err by more than 1e-6 of a logit of 1.
+    tol = 3e-6 if case.D == 256 and case.dtype == "float32" else None
+    assert_results(_run(case, poison(operands)), case, operands, tol=tol)
+    assert _no_race()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["compact", "queries", "sequence"])
+def test_same_bits(name: str, mode: str) -> None:
+    """The same bits from run to run, whenever the DMAs happen, whatever is outside."""
+    case = next(c for c in CASES if c.name == name)
+    operands = case.operands()
+    first = _run(case, operands)
+    again = _run(case, poison(operands), mode)
+    for x, y in zip(first, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    assert _no_race()
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 192, 4096])
+def test_block_sizes(block_size: int) -> None:
+    """Any block size that the layout allows gives the answer."""
+    case = dataclasses.replace(CASES[0], block_size=block_size)
+    assert_results(_run(case, case.operands()), case, case.operands())
+
+
+def test_refused_block_size() -> None:
+    """A block size that the registers do not allow is refused with the reason."""
+    case = dataclasses.replace(CASES[0], block_size=33)
+    with pytest.raises(NotImplementedError, match="block_size=33 is no multiple of 64"):
+        _run(case, case.operands())
+    with pltpu.force_tpu_interpret_mode():
+        results = ragged_attention(*map(jnp.asarray, case.operands()), block_size=33)
+    assert_results(results, case, case.operands())
+
+
+def test_window_at_every_edge() -> None:
+    """All windows of a few positions around the edges of blocks and of the cache."""
+    edges = (0, 1, 31, 32, 33, 63, 64, 69, 70)
+    windows = [(a, b) for a in edges for b in edges if a <= b]
+    case = Case(
+        "every_edge",
+        tuple(b for _, b in windows),
+        tuple(a for a, _ in windows),
+        Hq=4,
+        Hkv=4,
+        S=70,
+        D=128,
+        Dv=128,
+        block_size=32,
+    )
+    operands = case.operands()
+    assert_results(_run(case, poison(operands)), case, operands)
+
+
+def test_many_queries_in_tiles() -> None:
+    """More rows of queries than one step takes."""
+    Q, S = 70, 40
+    ends = tuple(min(q + 1, S) for q in range(Q))
+    case = Case("tiles_of_queries", (ends,), None, Q=Q, Hq=16, Hkv=2, S=S, D=16, Dv=16)
+    assert case.Hq * Q > tpu.MAX_ROWS
+    operands = case.operands()
+    assert_results(_run(case, operands), case, operands)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_work_list(cores: int) -> None:
+    """Each block that a window touches is one item, in order; the halves are equal."""
+    rng = np.random.default_rng(0)
+    V, T, blocks = 7, 16, 5
+    lo = rng.integers(0, T * blocks, (V, 3)).astype(np.int32)
+    hi = np.minimum(lo + rng.integers(-5, 40, (V, 3)), T * blocks).astype(np.int32)
+    hi[2] = lo[2]
+    work = work_list.WorkList.of(jnp.asarray(lo), jnp.asarray(hi), T, blocks, cores)
+    expected = []
+    for v in range(V):
+        some = [(a, b) for a, b in zip(lo[v], hi[v], strict=True) if a < b]
+        if some:
+            first, end = min(a for a, _ in some), max(b for _, b in some)
+            expected += [(v, j) for j in range(first // T, -(-end // T))]
+    items, steps = np.asarray(work.size)
+    assert items == len(expected)
+    assert steps == -(-items // cores)
+    rows = np.asarray(work.row)[:items]
+    got = [(int(r), int(work.offset[r]) + i) for i, r in enumerate(rows)]
+    assert got == expected
+    touched = np.asarray(work.touched(T, cores))
+    for core in range(cores):
+        own = {v for v, _ in expected[core * steps : (core + 1) * steps]}
+        assert set(np.flatnonzero(touched[core])) == own
+
+
+def test_a_row_between_two_cores() -> None:
+    """One long row is cut in two parts, which merge exactly."""
+    case = Case("one_row", (300,), (3,), Hq=4, Hkv=2, S=300, D=128, Dv=128, block_size=64)
+    assert tpu.chip_of(None).cores == 2
+    operands = case.operands()
+    assert_results(_run(case, poison(operands)), case, operands)
+
+
+@pytest.mark.parametrize("kind", ["TPU v2", "TPU v3"])
+def test_old_chips(kind: str) -> None:
+    """Chips without kernels ask for the reference."""
+    q, k = (
+        jax.ShapeDtypeStruct((1, 1, 2, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16),
+    )
+    params = RaggedAttentionParams()
+    with pytest.raises(NotImplementedError, match=f"{kind}.*implementation='reference'"):
+        tpu.unsupported("forward", q, k, k, params, kind)
+
+
+def test_large_head_dim() -> None:
+    """A head dimension beyond the limit asks for the reference."""
+    q, k = (
+        jax.ShapeDtypeStruct((1, 1, 2, 513), jnp.float32),
+        jax.ShapeDtypeStruct((1, 256, 2, 513), jnp.float32),
+    )
+    with pytest.raises(NotImplementedError, match="513.*implementation='reference'"):
+        tpu.unsupported("forward", q, k, k, RaggedAttentionParams(), "TPU v5e")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_dtypes_are_left_to_the_reference(dtype: str) -> None:
+    """With the reason in the text of an error where the kernel was asked for."""
+    q, k = (
+        jax.ShapeDtypeStruct((1, 1, 2, 128), dtype),
+        jax.ShapeDtypeStruct((1, 256, 2, 128), dtype),
+    )
+    with jax.enable_x64(True):
+        reason = tpu.unsupported("forward", q, k, k, RaggedAttentionParams(), "TPU v5e")
+    assert reason is not None
+    assert dtype in reason
