@@ -22,17 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-
-DUMP = tempfile.TemporaryDirectory(prefix="tpu_schedule_")
-# Before libtpu is loaded.
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_llo_text=true"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import jax.numpy as jnp
+from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -41,6 +33,7 @@ from jax_ragged.lowering import tpu
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu.chips import MIB, chip_of
 
+DUMP = tempfile.TemporaryDirectory(prefix="tpu_schedule_")
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
@@ -295,7 +288,7 @@ def ragged_paged_attention(generation: str, case: Case) -> Row:
 
 def _peer(name: str, generation: str, case: Case, call: Any, *shapes: Any) -> Row:
     _, program = _compile(generation, call, *shapes)
-    paths = [p for p in Path(DUMP.name).glob("*schedule-analysis_final_bundles.txt")]
+    paths = Path(DUMP.name).glob("*schedule-analysis_final_bundles.txt")
     totals = [
         int(match[1])
         for path in paths
@@ -371,6 +364,11 @@ def main(argv: list[str]) -> None:
     unknown = set(_GENERATIONS.value) - set(TOPOLOGIES)
     if unknown:
         raise app.UsageError(f"--generations: {sorted(unknown)} not in {list(TOPOLOGIES)}")
+    # Read when libtpu is loaded, by the first compilation.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_llo_text=true"
+    jax.config.update("jax_platforms", "cpu")
     rows: list[Row] = []
     for generation in _GENERATIONS.value:
         for case in CASES:

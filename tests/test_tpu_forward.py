@@ -238,7 +238,7 @@ def test_old_chips(kind: str) -> None:
         jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16),
     )
     params = RaggedAttentionParams()
-    with pytest.raises(NotImplementedError, match=f"{kind}.*implementation='reference'"):
+    with pytest.raises(NotImplementedError, match=rf"{kind}.*implementation='reference'"):
         tpu.unsupported("forward", q, k, k, params, kind)
 
 
@@ -248,7 +248,7 @@ def test_large_head_dim() -> None:
         jax.ShapeDtypeStruct((1, 1, 2, 513), jnp.float32),
         jax.ShapeDtypeStruct((1, 256, 2, 513), jnp.float32),
     )
-    with pytest.raises(NotImplementedError, match="513.*implementation='reference'"):
+    with pytest.raises(NotImplementedError, match=r"513.*implementation='reference'"):
         tpu.unsupported("forward", q, k, k, RaggedAttentionParams(), "TPU v5e")
 
 

@@ -5,10 +5,6 @@ import os
 import re
 from typing import Any
 
-# libtpu looks for no metadata server, and shares its lock with other processes.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -30,6 +26,9 @@ _MOVES = re.compile(r"= \(?\w+\[([\d,]+)\].*? (copy|copy-start|transpose|convert
 @functools.cache
 def device(generation: str) -> Any:
     """A device of a generation, for which programs can be compiled."""
+    # When libtpu is loaded it looks for no metadata server, and shares its lock.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     return topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGIES[generation]
     ).devices[0]
