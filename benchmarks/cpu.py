@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.measure import Candidate, Case, Goal, Problem
 
+CALLS = 1
 SWEEP = Case("sweep", B=8, S=4096, Hq=32, Hkv=8, D=128)
 CASES = (
     Case("gqa", B=8, S=4096, Hq=32, Hkv=8, D=128),

@@ -33,9 +33,10 @@ def measure(
 ) -> tuple[dict[str, Times], dict[str, float]]:
     """The times of all implementations of a case, and the seconds that some took to compile."""
     problem = Problem.of(case)
-    candidates = jax_candidates(problem) | module.peers(problem)
+    candidates = jax_candidates(problem, module.CALLS) | module.peers(problem)
     check_outputs(problem, candidates)
-    times = time_in_turn({name: c.run for name, c in candidates.items()}, repeats)
+    runs = time_in_turn({name: c.run for name, c in candidates.items()}, repeats)
+    times = {name: t.per(candidates[name].calls) for name, t in runs.items()}
     seconds = {n: c.compile_s for n, c in candidates.items() if c.compile_s is not None}
     return times, seconds
 
@@ -74,7 +75,10 @@ def print_goals(module: Platform, measured: dict[str, dict[str, Times]]) -> None
             continue
         times = measured[goal.case]
         others = {name: t for name, t in times.items() if name != OURS}
-        if goal.against == "best":
+        if goal.against == "TB/s":
+            case = next(c for c in module.CASES if c.name == goal.case)
+            against = Times(*2 * (case.valid_bytes / 1e12,))
+        elif goal.against == "best":
             against = min(others.values(), key=lambda t: t.median)
         elif goal.against in measured:
             against = measured[goal.against][OURS]

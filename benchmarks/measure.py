@@ -25,7 +25,8 @@ class Case:
     """One problem: sizes, windows and dtype; Dv is D and the scale is D ** -0.5.
 
     Attributes:
-      windows: "full", "uniform" (lengths uniform over 1 to S) or "short" (over 1 to S / 16).
+      windows: "full", "uniform" (lengths uniform over 1 to S), "eighth" (over 1 to S / 8) or
+        "short" (over 1 to S / 16).
       valid: the share of S that every row's window has, in place of `windows`.
       Q: queries of a row that share its window, or None for a query without that axis.
     """
@@ -47,7 +48,7 @@ class Case:
             return np.full(self.B, max(1, round(self.S * self.valid)), np.int32)
         if self.windows == "full":
             return np.full(self.B, self.S, np.int32)
-        most = {"uniform": self.S, "short": self.S // 16}[self.windows]
+        most = {"uniform": self.S, "eighth": self.S // 8, "short": self.S // 16}[self.windows]
         return np.random.default_rng(0).integers(1, most + 1, self.B).astype(np.int32)
 
     @property
@@ -106,23 +107,40 @@ class Candidate:
       run: computes and waits, or enqueues and returns jax arrays to wait for.
       out: its output [B, (Q,) Hq, D], to be compared.
       compile_s: seconds to trace and compile, where it is compiled.
+      calls: that one run makes.
     """
 
     run: Run
     out: npt.NDArray[Any]
     compile_s: float | None = None
+    calls: int = 1
 
 
-def compiled(function: Callable[..., Any], *operands: Any) -> Candidate:
-    """A JAX function of the operands whose first result, or only one, is the output."""
+def compiled(function: Callable[..., Any], *operands: Any, calls: int = 1) -> Candidate:
+    """A JAX function of the operands whose first result, or only one, is the output.
+
+    With several calls, one compiled loop makes them, so that launching costs nothing. The last
+    operand, the lengths, takes a 0 from each output that the compiler does not know to be one:
+    a call is as dear as the first, and none goes.
+    """
+
+    def loop(*operands: Any) -> Any:
+        def call(_: Any, lengths: Any) -> Any:
+            out = jax.tree.leaves(function(*operands[:-1], lengths))[0]
+            return lengths + (out.ravel()[0] > 1e30).astype(lengths.dtype)
+
+        return jax.lax.fori_loop(0, calls, call, operands[-1])
+
     start = time.perf_counter()
     program = jax.jit(function).lower(*operands).compile()
     seconds = time.perf_counter() - start
     out = np.asarray(jax.tree.leaves(program(*operands))[0], np.float32)
-    return Candidate(lambda: program(*operands), out, seconds)
+    if calls > 1:
+        program = jax.jit(loop).lower(*operands).compile()
+    return Candidate(lambda: program(*operands), out, seconds, calls)
 
 
-def jax_candidates(problem: Problem) -> dict[str, Candidate]:
+def jax_candidates(problem: Problem, calls: int = 1) -> dict[str, Candidate]:
     """Ours, the dense reference and jax.nn.dot_product_attention: what every platform has."""
 
     def ours(q: Any, k: Any, v: Any, lengths: Any) -> Any:
@@ -140,7 +158,7 @@ def jax_candidates(problem: Problem) -> dict[str, Candidate]:
 
     operands = (problem.query, problem.key, problem.value, problem.lengths)
     functions = {OURS: ours, "dense reference": dense, "jax.nn": jax_nn}
-    return {name: compiled(f, *operands) for name, f in functions.items()}
+    return {name: compiled(f, *operands, calls=calls) for name, f in functions.items()}
 
 
 class Platform(Protocol):
@@ -150,11 +168,13 @@ class Platform(Protocol):
       CASES: in the order in which they are measured.
       GOALS: what the table is to show.
       SWEEP: the case from which the plots start.
+      CALLS: of a JAX function in one compiled loop.
     """
 
     CASES: tuple[Case, ...]
     GOALS: "tuple[Goal, ...]"
     SWEEP: Case
+    CALLS: int
 
     def peers(self, problem: Problem) -> dict[str, Candidate]:
         """Implementations other than those of `jax_candidates`, by name."""
@@ -167,8 +187,8 @@ class Platform(Protocol):
 class Goal:
     """That ours on `case` is `factor` times as fast as `against`.
 
-    `against` is an implementation, "best" for the fastest other than ours, or the name of
-    another case for ours on that one.
+    `against` is an implementation, "best" for the fastest other than ours, the name of
+    another case for ours on that one, or "TB/s" for a rate of valid bytes.
     """
 
     case: str
@@ -189,6 +209,10 @@ class Times:
 
     median: float
     least: float
+
+    def per(self, calls: int) -> "Times":
+        """Where each run made several calls."""
+        return Times(self.median / calls, self.least / calls)
 
 
 def _sample(run: Run, calls: int) -> float:

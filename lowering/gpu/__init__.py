@@ -57,6 +57,8 @@ def unsupported(
         return "the kernel needs static shapes, and these are symbolic"
     if 0 in sizes:
         return "there is nothing to compute"
+    if device_kind == "cpu":
+        device_kind = None  # lowered on a CPU host, for a GPU to come
     if device_kind is None and params.implementation != "kernel":
         return "the device is not known, and the kernel runs on Hopper GPUs only"
     if device_kind is not None and not _HOPPER.search(device_kind):

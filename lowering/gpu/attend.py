@@ -40,7 +40,7 @@ class _Refs:
 
 
 def attend(plan: Plan, *refs: Any, **scratch: Any) -> None:
-    bounds, rest = refs[: plan.bounds], refs[plan.bounds :]
+    bounds, rest = refs[: plan.bounds], list(refs[plan.bounds :])
     if plan.tables_in_shared_memory:
         *rest, blocks_ref = rest
         tables = _share_tables(plan, bounds, blocks_ref, scratch)
@@ -241,7 +241,9 @@ def _block(
         plgpu.wgmma(accumulator_ref, scratch["query"].at[query_slot], keys)
         return accumulator_ref[...]
 
-    z = _logits(plan, pl.run_scoped(dots, plgpu.ACC((WGMMA_ROWS, plan.T), jnp.float32)))
+    z = _logits(
+        plan, pl.run_scoped(dots, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, plan.T), jnp.float32))
+    )
     plgpu.barrier_arrive(scratch["key_free"].at[slot])
 
     def mask(z: jax.Array) -> jax.Array:
@@ -302,7 +304,7 @@ def _product(p: jax.Array, values_ref: Any) -> jax.Array:
         return accumulator_ref[...]
 
     shape = (p.shape[0], values_ref.shape[1])
-    product: jax.Array = pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    product: jax.Array = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     return product
 
 

@@ -70,6 +70,7 @@ def schedule(
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Tables of bounds, and with queries the windows of a tile's rows, i32 [B, row_tiles, 64]."""
     windows: tuple[jax.Array, ...] = ()
+    bounds: tuple[jax.Array, ...]
     if plan.Q == 1:
         bounds = (starts.reshape(1, plan.B), lengths.reshape(1, plan.B))
     else:

@@ -1,0 +1,286 @@
+"""The GPU kernel: lowered on any machine, interpreted on the CPU, and run where there is a GPU.
+
+    python -m pytest tests/test_gpu_lowering.py tests/test_conformance.py -k "gpu or Gpu"
+
+runs everything that a GPU takes.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec
+
+import cases
+import oracle
+from cases import CASES, Case, Operands, assert_close, poison, tolerance
+from jax_ragged import ragged_attention
+from jax_ragged.lowering import dispatch, gpu
+from jax_ragged.lowering.gpu.plan import make_plan
+from jax_ragged.lowering.params import RaggedAttentionParams
+
+H200 = "NVIDIA H200"
+
+
+def _fit(case: Case, **changes: Any) -> Case:
+    """The case at sizes that the kernel takes: the next S that is a multiple of 8."""
+    sizes = {"S": -(-case.S // 8) * 8, "D": 64, "Dv": 64, "block_size": None}
+    dtype = case.dtype if case.dtype == "float16" else "bfloat16"
+    return dataclasses.replace(case, **(sizes | {"dtype": dtype} | changes))
+
+
+# The case table, but for calls with nothing to compute; then what it is too small for.
+FITTED = (
+    *(_fit(c) for c in CASES if c.B and c.S and c.Q != 0),
+    _fit(cases.BY_NAME["windows"], name="wide", D=128, Dv=128),
+    _fit(cases.BY_NAME["queries"], name="wide_queries", D=256, Dv=128),
+    _fit(cases.BY_NAME["windows"], name="widest", D=128, Dv=256, dtype="float16"),
+    Case("segments", (1000, 1, 0, 900, 64, 65), (0, 0, 0, 63, 0, 8), Hq=8, S=1000, D=128, Dv=128),
+    Case("row_tiles", ((9, 500, 512), (0, 70, 64)), Q=3, Hq=64, Hkv=1, S=512, D=64, Dv=64),
+    Case("gap", ((10, 500), (8, 512)), ((0, 490), (0, 500)), Q=2, S=512, D=64, Dv=64),
+    Case("many_rows", tuple(range(0, 600, 3)), Hq=16, Hkv=16, S=600, D=64, Dv=64),
+    Case("odd_rows", (513, 700, 2), (1, 511, 1), S=712, D=64, Dv=64, logits_soft_cap=3.0),
+)
+FITTED = tuple(c if c.dtype == "float16" else _fit(c, D=c.D, Dv=c.Dv) for c in FITTED)
+
+
+def _assert_results(actual: Any, case: Case, operands: Operands) -> None:
+    out, max_logits, denominator = actual
+    expected = case.expected(operands)
+    inside = oracle.inside(operands.query, case.S, operands.lengths, operands.starts)
+    largest = float(np.abs(operands.value.astype(np.float64)[inside]).max(initial=0.0))
+    # ex2.approx is good to 2 ** -22, and the tensor cores cut what they add below 2 ** -22 of it.
+    statistics = 1e-5 * max(1.0, case.logit_size)
+    assert_close(out, expected.out, tolerance(case) + statistics, scale=largest, name="out")
+    empty = expected.denominator == 0
+    assert (np.asarray(max_logits)[empty] == np.float32(case.mask_value)).all()
+    for name, got, want in (
+        ("max_logits", max_logits, expected.max_logits),
+        ("denominator", denominator, expected.denominator),
+    ):
+        assert got.dtype == jnp.float32
+        got, want = (np.where(empty, 0, np.asarray(x, np.float64)) for x in (got, want))
+        assert_close(got, want, statistics, name=name)
+
+
+def _kernel(case: Case) -> Callable[..., Any]:
+    return jax.jit(functools.partial(ragged_attention, **case.params, implementation="kernel"))
+
+
+def _lowered(function: Callable[..., Any], *operands: Any) -> str:
+    text: str = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    return text
+
+
+class TestLowered:
+    """What needs no GPU: the module that jax makes for one."""
+
+    @pytest.mark.parametrize(
+        ("Q", "Hq", "Hkv", "D", "Dv", "dtype"),
+        [
+            (None, 8, 8, 128, 128, "bfloat16"),
+            (None, 8, 2, 64, 128, "float16"),
+            (3, 8, 1, 128, 64, "bfloat16"),
+            (None, 4, 2, 256, 256, "bfloat16"),
+            (9, 16, 2, 128, 256, "bfloat16"),
+        ],
+    )
+    def test_two_kernels_and_no_copy_of_the_cache(
+        self, Q: int | None, Hq: int, Hkv: int, D: int, Dv: int, dtype: str
+    ) -> None:
+        case = Case("", (70, 1000), Q=Q, Hq=Hq, Hkv=Hkv, S=1000, D=D, Dv=Dv, dtype=dtype)
+        text = _lowered(_kernel(case), *case.operands()[:4])
+        assert text.count("@mosaic_gpu_v2") == 2
+        moves = ("stablehlo.pad", "stablehlo.concatenate", "stablehlo.convert", "dynamic_slice")
+        for line in text.splitlines():
+            if any(move in line for move in moves):
+                assert "x1000x" not in line, line
+                assert f"2000x{Hkv}x" not in line, line
+
+    def test_shared_cache_is_not_copied_under_vmap(self) -> None:
+        case = Case("", (70, 1000), Hq=8, Hkv=2, S=1000, D=64, Dv=64, dtype="bfloat16")
+        query, key, value, lengths, _ = case.operands()
+        queries = np.stack([query] * 5)
+        mapped = jax.vmap(_kernel(case), in_axes=(0, None, None, None))
+        text = _lowered(mapped, queries, key, value, lengths)
+        assert text.count("@mosaic_gpu_v2") == 2
+        assert "5x2x1000x" not in text
+
+    def test_in_shard_map(self) -> None:
+        case = Case("", (70, 1000), Hq=8, Hkv=2, S=1000, D=64, Dv=64, dtype="bfloat16")
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        x = PartitionSpec("x")
+        sharded = jax.shard_map(_kernel(case), mesh=mesh, in_specs=x, out_specs=x)
+        text = _lowered(sharded, *case.operands()[:4])
+        assert text.count("@mosaic_gpu_v2") == 2
+
+    def test_none_means_the_reference_where_no_device_is_known(self) -> None:
+        case = Case("", (70, 1000), S=1000, D=64, Dv=64, dtype="bfloat16")
+        text = _lowered(ragged_attention, *case.operands()[:4])
+        assert "mosaic_gpu" not in text
+
+
+def _reason(device_kind: str | None = H200, **changes: Any) -> str | None:
+    case = dataclasses.replace(Case("", (70, 100), S=100, D=64, Dv=64, dtype="bfloat16"), **changes)
+    operands = [x[:, None] if i == 0 else x for i, x in enumerate(case.operands()[:3])]
+    implementation = dispatch.Implementation("cuda", device_kind)
+    params = RaggedAttentionParams(block_size=case.block_size)
+    return implementation.why_reference("forward", *operands, params)
+
+
+class TestUnsupported:
+    """Why a call is left to the reference."""
+
+    @pytest.mark.parametrize("kind", [H200, "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"])
+    def test_none_on_hopper(self, kind: str) -> None:
+        assert _reason(kind) is None
+        assert _reason(kind, block_size=64, dtype="float16", D=256, Dv=128) is None
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"device_kind": "NVIDIA A100-SXM4-80GB"}, "Hopper"),
+            ({"device_kind": "NVIDIA B200"}, "Hopper"),
+            ({"device_kind": None}, "not known"),
+            ({"dtype": "float32"}, "float32"),
+            ({"D": 96}, "96"),
+            ({"Dv": 32}, "32"),
+            ({"block_size": 128}, "block_size"),
+            ({"S": 101}, "202"),
+            ({"S": 0}, "nothing"),
+        ],
+    )
+    def test_reason(self, changes: dict[str, Any], says: str) -> None:
+        reason = _reason(**changes)
+        assert reason is not None
+        assert says in reason
+
+    def test_derivatives(self) -> None:
+        implementation = dispatch.Implementation("cuda", H200)
+        for operation in ("jvp", "vjp"):
+            reason = implementation.why_reference(
+                operation, None, None, None, RaggedAttentionParams()
+            )
+            assert reason == f"the platform has no kernel for {operation}"
+
+    def test_forced_kernel_is_refused_with_the_reason(self) -> None:
+        case = Case("", (70, 100), S=100, D=96, Dv=64, dtype="bfloat16")
+        with pytest.raises(NotImplementedError, match=r"96.*implementation='reference'"):
+            _lowered(_kernel(case), *case.operands()[:4])
+
+    def test_symbolic_shapes(self) -> None:
+        (b,) = jax.export.symbolic_shape("b")
+        shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+        operands = shape((b, 1, 4, 64)), shape((b, 64, 2, 64)), shape((b, 64, 2, 64))
+        implementation = dispatch.Implementation("cuda", H200)
+        reason = implementation.why_reference("forward", *operands, RaggedAttentionParams())
+        assert reason is not None
+        assert "symbolic" in reason
+
+
+_INTERPRETED = ("queries", "scale_negative", "all_empty", "past_the_end", "before_the_start")
+
+
+@pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="Mosaic GPU has no interpreter in jax < 0.11"
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+class TestInterpreted:
+    """The kernels as JAX's interpreter runs them, on few CTAs.
+
+    It multiplies with numpy, which warns of the NaN outside of the windows.
+    """
+
+    @pytest.mark.parametrize(
+        "case",
+        [c for c in FITTED if c.name in _INTERPRETED]
+        + [
+            Case("parts", (200, 1, 0, 150), (0, 0, 0, 63), Hq=4, S=200, D=64, Dv=64),
+            Case("gap", ((10, 200), (8, 64)), ((0, 190), (0, 60)), Q=2, S=208, D=64, Dv=64),
+            Case("cap", (190, 3), Hq=2, S=192, D=128, Dv=128, logits_soft_cap=2.0),
+        ],
+        ids=lambda case: case.name,
+    )
+    def test_values(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = dataclasses.replace(case, dtype="bfloat16")
+        # The interpreter has no matrix product of an operand in registers.
+        monkeypatch.setattr(
+            sys.modules["jax_ragged.lowering.gpu.attend"],
+            "_product",
+            lambda p, values_ref: jnp.dot(p.astype(jnp.float32), values_ref[...].astype("float32")),
+        )
+        operands = case.operands()
+        query, key, value, lengths, starts = poison(operands)
+        starts = np.zeros_like(lengths) if starts is None else starts
+        rows = query.shape[:-2]
+        if case.Q is None:
+            query, lengths, starts = query[:, None], lengths[:, None], starts[:, None]
+        bounds = [np.broadcast_to(x, query.shape[:2]) for x in (lengths, starts)]
+        params = RaggedAttentionParams(**case.params)
+        plan = dataclasses.replace(make_plan(query, key, value, params), parts=3)
+        results = gpu.run(
+            plan, *map(jnp.asarray, (query, key, value, *bounds)), plgpu.InterpretGPUParams()
+        )
+        results = [x.reshape(*rows, *x.shape[2:]) for x in results]
+        _assert_results(results, case, operands)
+
+
+def _gpu() -> Any:
+    try:
+        return jax.devices("gpu")[0]
+    except RuntimeError:
+        return None
+
+
+@pytest.mark.skipif(_gpu() is None, reason="this machine has no GPU")
+class TestGpu:
+    """The kernel on a GPU, on the case table and on what needs more than one block."""
+
+    @pytest.mark.parametrize("case", FITTED, ids=lambda case: case.name)
+    def test_values(self, case: Case) -> None:
+        if case.B * case.S % 8:
+            pytest.fail("the case is not one that the kernel takes")
+        operands = case.operands()
+        with jax.default_device(_gpu()):
+            run = _kernel(case)
+            results = run(*operands)
+            poisoned = run(*poison(operands))
+        _assert_results(results, case, operands)
+        # NaN outside of the windows changes nothing, and the same inputs give the same bits.
+        jax.tree.map(np.testing.assert_array_equal, results, poisoned)
+
+    def test_none_means_the_kernel(self) -> None:
+        case = next(c for c in FITTED if c.name == "segments")
+        with jax.default_device(_gpu()):
+            text = jax.jit(ragged_attention).lower(*case.operands()[:4]).as_text()
+        assert text.count("@mosaic_gpu_v2") == 2
+
+    def test_gradient(self) -> None:
+        case = next(c for c in FITTED if c.name == "segments")
+        operands, cotangents = case.operands(), case.cotangents()
+        with jax.default_device(_gpu()):
+            results, pull = jax.vjp(lambda *x: ragged_attention(*x, *operands[3:]), *operands[:3])
+            grads = pull(type(results)(*map(jnp.asarray, cotangents)))
+        expected = oracle.vjp(*operands, cotangents, **case.definition)
+        for got, want in zip(grads, expected, strict=True):
+            assert_close(got, want, 4 * tolerance(case), name="gradient")
+
+    def test_vmap_over_a_shared_cache(self) -> None:
+        case = next(c for c in FITTED if c.name == "segments")
+        query, key, value, lengths, starts = case.operands()
+        queries = np.stack([query, -query, 2 * query])
+        with jax.default_device(_gpu()):
+            run = _kernel(case)
+            mapped = jax.vmap(run, in_axes=(0, None, None, None, None))
+            results = mapped(queries, key, value, lengths, starts)
+            for i, q in enumerate(queries):
+                single = run(q, key, value, lengths, starts)
+                for got, want in zip(results, single, strict=True):
+                    assert_close(got[i], np.asarray(want, np.float64), 2 * tolerance(case))
