@@ -15,6 +15,7 @@ masked code, whose bundles are not in the figure.
 """
 
 import dataclasses
+import importlib.metadata
 import os
 import re
 import tempfile
@@ -345,12 +346,10 @@ def _plot(rows: list[Row], path: Path) -> None:
 
 def _save(rows: list[Row]) -> None:
     docs = Path(__file__).resolve().parent.parent / "docs"
-    import libtpu
-
     title = (
         "# Schedules of the TPU kernels\n\n"
         "Written by `python -m benchmarks.tpu_schedule --save` with jax "
-        f"{jax.__version__} and libtpu {getattr(libtpu, '__version__', 'of unknown version')}; "
+        f"{jax.__version__} and libtpu {importlib.metadata.version('libtpu')}; "
         "[tpu.md](tpu.md) says what the columns mean.\n\n"
     )
     text = title + "\n".join(_lines(rows)) + "\n\n![ratios](tpu_schedule.png)\n"

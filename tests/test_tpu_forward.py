@@ -1,6 +1,7 @@
 """The forward TPU kernel, interpreted on the CPU through the primitive, against the oracle."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax_ragged import RaggedAttention, ragged_attention
 from jax_ragged.lowering import tpu
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu import work_list
+from jax_ragged.lowering.tpu.chips import chip_of
 
 # One for each way that the kernel reads a cache and brings heads together, with two blocks or
 # more; rows end and start at every kind of edge.
@@ -112,13 +114,9 @@ def _run(case: Case, operands: Operands, mode: Any = "on_wait") -> RaggedAttenti
         detect_races=True, uninitialized_memory="nan", dma_execution_mode=mode
     )
     with pltpu.force_tpu_interpret_mode(params):
-        results = ragged_attention(
-            *map(jnp.asarray, operands[:4]),
-            None if operands.starts is None else jnp.asarray(operands.starts),
-            **case.params,
-            implementation="kernel",
-        )
-        return jax.block_until_ready(results)
+        op = functools.partial(ragged_attention, **case.params, implementation="kernel")
+        results: RaggedAttention = jax.block_until_ready(op(*operands))
+        return results
 
 
 def _no_race() -> bool:
@@ -225,7 +223,7 @@ def test_work_list(cores: int) -> None:
 def test_a_row_between_two_cores() -> None:
     """One long row is cut in two parts, which merge exactly."""
     case = Case("one_row", (300,), (3,), Hq=4, Hkv=2, S=300, D=128, Dv=128, block_size=64)
-    assert tpu.chip_of(None).cores == 2
+    assert chip_of(None).cores == 2
     operands = case.operands()
     assert_results(_run(case, poison(operands)), case, operands)
 

@@ -1,4 +1,4 @@
-"""Pallas kernels for TPU: see `forward` for how they compute and `layout` for what they read."""
+"""Pallas kernels for TPU: `forward_kernel` says how they compute, `layout` what they read."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import Arrays3, Optional3
-from jax_ragged.lowering.tpu import backward, block_size, forward as kernel, work_list
+from jax_ragged.lowering.tpu import backward, block_size, forward_kernel as kernel, work_list
 from jax_ragged.lowering.tpu.block_size import Blocks, Problem
 from jax_ragged.lowering.tpu.chips import Chip, chip_of
 from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheLayout, round_up

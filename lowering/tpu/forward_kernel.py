@@ -534,8 +534,10 @@ def _kernel(*refs: Any, plan: Plan) -> None:
         chunk = plan.blocks.chunk
         first = lax.div(jnp.maximum(lo - start, 0), chunk)
         last = lax.div(jnp.minimum(hi, end) - start + (chunk - 1), chunk)
-        bounds = (lo, hi) if bounds_ref is None else (scratch[3][...], scratch[4][...])
-        windows = Windows(plan, *bounds, start)
+        if bounds_ref is None:
+            windows = Windows(plan, lo, hi, start)
+        else:
+            windows = Windows(plan, scratch[3][...], scratch[4][...], start)
         _edge_block(q_ref[0], k_ref, v_ref, state, plan, windows, first, last)
 
     ends = (step == steps - 1) | (item == items - 1) | (work.row[item + 1] != row)
