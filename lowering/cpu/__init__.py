@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from jax_ragged.lowering.cpu.derivatives import jvp, vjp
 from jax_ragged.lowering.cpu.forward import forward
 
-__all__ = ["forward", "unsupported"]
+__all__ = ["forward", "jvp", "unsupported", "vjp"]
 
 
 def unsupported(

@@ -28,7 +28,6 @@ from jax_ragged.lowering.cpu.blocks import (
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import Arrays3, inverse, statistics_dtype
 
-
 # Elements of a cache up to which the dense form is no slower than a loop.
 _DENSE_ELEMENTS = 1 << 15
 
