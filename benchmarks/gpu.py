@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks.measure import Candidate, Case, Goal, Problem, compiled
 
-CALLS = 50
+CALLS = 200
 SWEEP = Case("sweep", B=16, S=8192, Hq=32, Hkv=8, D=128, dtype="bfloat16")
 CASES = (
     Case("gqa", B=16, S=8192, Hq=32, Hkv=8, D=128, dtype="bfloat16"),

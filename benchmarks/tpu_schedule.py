@@ -27,7 +27,12 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    SingleDeviceSharding,
+    use_abstract_mesh,
+)
 
 from jax_ragged import ragged_attention
 from jax_ragged.lowering import tpu
@@ -207,16 +212,21 @@ def _copies(program: Any, elements: int) -> int:
     return sum(1 for match in found if match and _size(match[1]) >= elements)
 
 
-def _compile(
-    generation: str, call: Callable[..., Any], *shapes: tuple[tuple[int, ...], Any]
-) -> Any:
+def _compile(generation: str, call: Callable[..., Any], *shapes: Any) -> tuple[Any, Any]:
+    """The device of a generation, and the program compiled for it."""
     device = topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGIES[generation]
     ).devices[0]
     sharding = SingleDeviceSharding(device)
     _clear_dump()
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
-    return device, jax.jit(call).lower(*arrays).compile()
+    # jax's kernels ask what device they are traced for.
+    kind = AbstractDevice(
+        platform="tpu", device_kind=device.device_kind, num_cores=chip_of(device.device_kind).cores
+    )
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+        lowered = jax.jit(call).lower(*arrays)
+    return device, lowered.compile()
 
 
 def ours(generation: str, case: Case) -> Row:
