@@ -1,7 +1,7 @@
 """Everything that is private to JAX or differs between its versions, each with its reason."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -34,6 +34,17 @@ def interpret_effects() -> frozenset[Any]:
     from jax._src.pallas import core as pallas_core
 
     return frozenset(pallas_core.get_interpret_effects(mode))
+
+
+def as_primitive(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function to jit as the evaluation of one primitive.
+
+    Private: under `debug_nans` JAX runs a jitted function that gave a NaN again, operation by
+    operation. Of a primitive's own evaluation, that would be itself without end; with the mark
+    it reports the primitive, as for those of lax.
+    """
+    fun._apply_primitive = True  # type: ignore[attr-defined]
+    return fun
 
 
 def varying_axes(x: Any) -> frozenset[str]:

@@ -13,7 +13,7 @@ from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec
 
 from jax_ragged.lowering import dispatch, reference
-from jax_ragged.lowering._compat import interpret_effects
+from jax_ragged.lowering._compat import as_primitive, interpret_effects
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.sharding import Layout
 from jax_ragged.primitives._avals import Operands, Shared
@@ -27,7 +27,7 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Any:
         return primitive.bind(*operands, **dict(params))
 
     run.__name__ = run.__qualname__ = primitive.name
-    return jax.jit(run)
+    return jax.jit(as_primitive(run))
 
 
 def eager(primitive: Primitive) -> Callable[..., Any]:

@@ -1,0 +1,49 @@
+"""debug_nans: no false alarm for empty windows and NaN padding; a true one for NaN inside."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from cases import SMALL, SMALL_QUERIES, Case, poison
+from derivatives import op, pullback, pushforward
+
+pytestmark = pytest.mark.usefixtures("fast_compile", "debug_nans")
+EMPTY = Case("empty", (0, 2), (0, 2), Hq=2, Hkv=1, S=6, D=4, Dv=3)
+CASES = (SMALL, SMALL_QUERIES, EMPTY)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+
+
+@pytest.fixture
+def debug_nans() -> Iterator[None]:
+    with jax.debug_nans(True):
+        yield
+
+
+@every_case
+def test_values(case: Case) -> None:
+    for run in (op(case), jax.jit(op(case))):
+        assert all(np.isfinite(x).all() for x in run(*poison(case.operands())))
+
+
+@every_case
+def test_derivatives(case: Case) -> None:
+    bars, moved = case.cotangents(), case.operands(seed=1)[:3]
+    # Outside of jit the cache is itself a value that a vjp keeps, which JAX would report.
+    runs = ((lambda f: f, case.operands()), (jax.jit, poison(case.operands())))
+    for transform, operands in runs:
+        grads = transform(pullback(op(case)))(operands, bars)
+        dots = transform(pushforward(op(case)))(operands, moved)
+        assert all(np.isfinite(x).all() for x in (*grads, *dots))
+
+
+def test_nan_inside_of_a_window_is_found() -> None:
+    operands = SMALL.operands()
+    operands.value[0, 2] = np.nan
+    with pytest.raises(FloatingPointError, match="nan.* encountered in ragged_attention"):
+        op(SMALL)(*operands)
+    with pytest.raises(FloatingPointError, match="nan"):
+        jax.jit(op(SMALL))(*operands)
+    with pytest.raises(FloatingPointError, match="nan"):
+        pullback(op(SMALL))(operands, SMALL.cotangents())
