@@ -41,7 +41,7 @@ def test_derivatives(case: Case) -> None:
 def test_nan_inside_of_a_window_is_found() -> None:
     operands = SMALL.operands()
     operands.value[0, 2] = np.nan
-    with pytest.raises(FloatingPointError, match="nan.* encountered in ragged_attention"):
+    with pytest.raises(FloatingPointError, match=r"nan.* encountered in ragged_attention"):
         op(SMALL)(*operands)
     with pytest.raises(FloatingPointError, match="nan"):
         jax.jit(op(SMALL))(*operands)
