@@ -19,11 +19,11 @@ Windows = tuple[int, ...] | tuple[tuple[int, ...], ...]
 class Operands(NamedTuple):
     """Numpy operands of ragged_attention, in its order."""
 
-    query: Array
-    key: Array
-    value: Array
-    lengths: Array
-    starts: Array | None
+    query: Any
+    key: Any
+    value: Any
+    lengths: Any
+    starts: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,17 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 # Before JAX starts a backend. Without this, a machine that has libtpu (a test extra, for its
 # compiler) but no TPU would look for one.
 os.environ.setdefault("JAX_PLATFORMS", "" if shutil.which("nvidia-smi") else "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# Hypothesis warns, here an error, when pytest sees its folder in the checkout.
+os.environ.setdefault(
+    "HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis")
+)
 
 import hypothesis
 import jax

@@ -19,8 +19,8 @@ def work() -> Iterator[list[str]]:
     """The traces, lowerings and compilations that a test causes."""
     events: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
-        del duration
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
         if event.startswith("/jax/core/compile/"):
             events.append(event)
 

@@ -77,7 +77,7 @@ def test_query_alone_makes_nothing_of_the_size_of_the_cache() -> None:
 @fast
 def test_check_grads(x64: None) -> None:
     """Against finite differences, in both modes and their mixtures, to order 3."""
-    sizes = {"Q": 2, "Hq": 2, "Hkv": 1, "S": 3, "D": 2, "Dv": 2}
+    sizes: dict[str, Any] = {"Q": 2, "Hq": 2, "Hkv": 1, "S": 3, "D": 2, "Dv": 2}
     case = double(Case("third", ((3, 2),), ((0, 1),), **sizes, logits_soft_cap=1.5))
     operands = case.operands()
 

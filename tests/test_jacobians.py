@@ -30,7 +30,7 @@ def _jacobian(case: Case) -> list[list[np.ndarray]]:
     columns = [
         [
             oracle.jvp(*operands, tuple(e if j == i else None for j in ALL), **case.definition)  # type: ignore[arg-type]
-            for e in _basis(operands[i])  # type: ignore[arg-type]
+            for e in _basis(operands[i])
         ]
         for i in ALL
     ]
@@ -38,7 +38,7 @@ def _jacobian(case: Case) -> list[list[np.ndarray]]:
         [
             np.stack([column[k] for column in columns[i]], -1).reshape(
                 *columns[i][0][k].shape,
-                *operands[i].shape,  # type: ignore[union-attr]
+                *operands[i].shape,
             )
             for i in ALL
         ]
@@ -99,7 +99,7 @@ def test_hessian(case: Case) -> None:
         return oracle_vjp_tangent(case, operands, at, dots, bars_dot)
 
     for i in ALL:
-        columns = [column(i, e) for e in _basis(operands[i])]  # type: ignore[arg-type]
+        columns = [column(i, e) for e in _basis(operands[i])]
         for j in ALL:
             want = np.stack([c[j] for c in columns], -1)
             got = np.asarray(actual[j][i]).reshape(want.shape)

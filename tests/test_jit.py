@@ -23,7 +23,7 @@ def test_jit_and_eager(case: Case) -> None:
 
 
 def test_windows_are_traced() -> None:
-    traces = []
+    traces: list[None] = []
 
     @jax.jit
     def run(*operands):  # type: ignore[no-untyped-def]

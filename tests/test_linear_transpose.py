@@ -56,7 +56,7 @@ def test_transpose_of_a_shared_value() -> None:
         oracle.vjp(q, *operands[1:], (b, None, None), **case.definition).value
         for q, b in zip(queries, bars, strict=True)
     )
-    assert_close(got, expected, 1e-13)  # type: ignore[arg-type]
+    assert_close(got, expected, 1e-13)
 
 
 def test_transpose_is_jitted_and_differentiated() -> None:

@@ -38,7 +38,7 @@ def test_linear_function_is_transposed_and_mapped() -> None:
     grads = jax.linear_transpose(linear, *operands[:3])(bars)
     for got, want in zip(grads, oracle.vjp(*operands, bars, **CASE.definition), strict=True):
         assert_close(got, want, 1e-13)
-    stacked = [np.stack([CASE.operands(s)[i] for s in (1, 2, 3)]) for i in range(3)]  # type: ignore[misc]
+    stacked = [np.stack([CASE.operands(s)[i] for s in (1, 2, 3)]) for i in range(3)]
     mapped = jax.vmap(linear)(*stacked)
     for i in range(3):
         for got, want in zip(mapped, linear(*(x[i] for x in stacked)), strict=True):
