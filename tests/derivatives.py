@@ -62,5 +62,6 @@ def oracle_vjp_tangent(
     step = 1e-100
     moved = [x + 1j * step * t for x, t in zip(operands[:3], operands_dot, strict=True)]
     bars = tuple(x + 1j * step * t for x, t in zip(cotangents, bars_dot, strict=True))
-    grads = oracle.vjp(*moved, *operands[3:], bars, **case.definition)
+    windows = operands.lengths, operands.starts
+    grads = oracle.vjp(moved[0], moved[1], moved[2], *windows, bars, **case.definition)
     return oracle.Gradients(*(np.imag(x) / step for x in grads))

@@ -5,6 +5,7 @@ tangents from the values by the complex step, cotangents from the chain rule wit
 Jacobians of the softmax; `test_oracle.py` checks the three against each other.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,7 +106,7 @@ def jvp(
     value: Array,
     lengths: Array,
     starts: Array | None,
-    tangents: tuple[Array | None, Array | None, Array | None],
+    tangents: Sequence[Array | None],
     **params: Any,
 ) -> Results:
     """The tangents of the results, exact to rounding: f(x + i h x.) = f(x) + i h f.(x) + O(h^2).
@@ -127,7 +128,7 @@ def vjp(
     value: Array,
     lengths: Array,
     starts: Array | None,
-    cotangents: tuple[Array | None, Array | None, Array | None],
+    cotangents: Sequence[Array | None],
     *,
     softmax_scale: float = 1.0,
     logits_soft_cap: float | None = None,

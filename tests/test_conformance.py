@@ -50,7 +50,7 @@ def _runs(lowering: Lowering, case: Case, derivatives: bool) -> bool:
     return case.block_size is None or lowering.name not in ("definition", "reference")
 
 
-def _settings(derivatives: bool) -> Any:
+def _settings(derivatives: bool) -> pytest.MarkDecorator:
     pairs = [(x, c) for x in LOWERINGS for c in CASES if _runs(x, c, derivatives)]
     ids = [f"{lowering.name}-{case.name}" for lowering, case in pairs]
     return pytest.mark.parametrize("setting", pairs, ids=ids, indirect=True)

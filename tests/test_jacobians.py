@@ -29,7 +29,7 @@ def _jacobian(case: Case) -> list[list[np.ndarray]]:
     operands = case.operands()
     columns = [
         [
-            oracle.jvp(*operands, tuple(e if j == i else None for j in ALL), **case.definition)  # type: ignore[arg-type]
+            oracle.jvp(*operands, tuple(e if j == i else None for j in ALL), **case.definition)
             for e in _basis(operands[i])
         ]
         for i in ALL
@@ -93,7 +93,7 @@ def test_hessian(case: Case) -> None:
 
     def column(i: int, e: np.ndarray) -> Any:
         dots = [e if j == i else np.zeros_like(operands[j]) for j in ALL]
-        results_dot = oracle.jvp(*operands, tuple(dots), **case.definition)  # type: ignore[arg-type]
+        results_dot = oracle.jvp(*operands, tuple(dots), **case.definition)
         at = tuple(np.where(m, b + x, 0) for m, b, x in zip(masks, bars, results, strict=True))
         bars_dot = tuple(np.where(m, t, 0) for m, t in zip(masks, results_dot, strict=True))
         return oracle_vjp_tangent(case, operands, at, dots, bars_dot)

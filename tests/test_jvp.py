@@ -26,7 +26,7 @@ def test_subset_of_tangents(case: Case, wrt: tuple[int, ...]) -> None:
     tangents = [moved[i] for i in wrt]
     dots = run(operands, tangents)
     full = tuple(moved[i] if i in wrt else None for i in ALL)
-    expected = oracle.jvp(*operands, full, **case.definition)  # type: ignore[arg-type]
+    expected = oracle.jvp(*operands, full, **case.definition)
     for got, want, name in zip(dots, expected, ("out", "max_logits", "denominator"), strict=True):
         assert_close(got, want, 1e-13, name=name, scale=1 + np.abs(want).max())
     assert counts(run, operands, tangents) == {"ragged_attention": 1, "ragged_attention_jvp": 1}

@@ -41,15 +41,11 @@ def test_jvp_is_the_limit_of_differences(case: Case) -> None:
     query, key, value, lengths, starts = case.operands()
     tangents = tuple(x.astype(float) for x in case.operands(seed=1)[:3])
     step = 1e-6
-    sides = [
-        oracle.attention(
-            *(x + s * t for x, t in zip((query, key, value), tangents, strict=True)),
-            lengths,
-            starts,
-            **case.definition,
-        )
-        for s in (step, -step)
-    ]
+    sides = []
+    for s in (step, -step):
+        moved = [x + s * t for x, t in zip((query, key, value), tangents, strict=True)]
+        operands = cases.Operands(moved[0], moved[1], moved[2], lengths, starts)
+        sides.append(oracle.attention(*operands, **case.definition))
     actual = oracle.jvp(query, key, value, lengths, starts, tangents, **case.definition)
     for got, plus, minus in zip(actual, *sides, strict=True):
         # Central differences err by step^2 times the third derivative, and by rounding / step.
@@ -58,10 +54,10 @@ def test_jvp_is_the_limit_of_differences(case: Case) -> None:
 
 @pytest.mark.parametrize("case", DERIVED, ids=cases.ids(DERIVED))
 def test_vjp_is_the_transpose_of_jvp(case: Case) -> None:
-    *primals, lengths, starts = case.operands()
+    operands = case.operands()
     tangents, cotangents = case.operands(seed=1)[:3], case.cotangents()
-    out = oracle.jvp(*primals, lengths, starts, tangents, **case.definition)
-    grads = oracle.vjp(*primals, lengths, starts, cotangents, **case.definition)
+    out = oracle.jvp(*operands, tangents, **case.definition)
+    grads = oracle.vjp(*operands, cotangents, **case.definition)
     forward = sum(np.vdot(c, x) for c, x in zip(cotangents, out, strict=True))
     reverse = sum(np.vdot(g, t) for g, t in zip(grads, tangents, strict=True))
     np.testing.assert_allclose(forward, reverse, rtol=1e-11, atol=1e-11)

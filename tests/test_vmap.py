@@ -129,8 +129,6 @@ def test_size_zero() -> None:
 @fast
 def test_nothing_mapped() -> None:
     operands = SMALL.operands()
-    run = jax.vmap(lambda: op(SMALL)(*operands), axis_size=N, in_axes=())
-    _assert_all_close(run(), _expected(SMALL, [operands] * N))
     run = jax.vmap(lambda *x: op(SMALL)(*x), axis_size=N, in_axes=None)
     _assert_all_close(run(*operands), _expected(SMALL, [operands] * N))
     # The rule itself, when a transformation calls it with nothing mapped.
@@ -163,7 +161,7 @@ def test_equation_is_canonical() -> None:
     stacked, axes, _ = _mapped(SMALL, (True, False, False, True, False))
     run = jax.vmap(op(SMALL), in_axes=axes)
     (eqn,) = [e for e in equations(run, *stacked) if e.primitive is ragged_attention_p]
-    shapes = [x.aval.shape for x in eqn.invars]
+    shapes = [getattr(x.aval, "shape", None) for x in eqn.invars]
     assert shapes == [(N, 3, 2, 4), (1, 3, 6, 1, 4), (1, 3, 6, 1, 3), (N, 3), (1, 3)]
 
 

@@ -1,5 +1,7 @@
 """With 64-bit types on: float64 throughout, float32 unchanged, wide integer windows."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +22,10 @@ def test_dtypes(case) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint32])
-def test_windows_that_int32_cannot_hold(dtype: type) -> None:
+def test_windows_that_int32_cannot_hold(dtype: Any) -> None:
     """They saturate: 2^32 + 1 is past the end, and not 1."""
-    lengths = np.array([2**32 - 1, 3, 2 if dtype is np.uint32 else 2**32 + 2]).astype(dtype)
+    last = 2 if dtype is np.uint32 else 2**32 + 2
+    lengths = np.array([2**32 - 1, 3, last], dtype)
     operands = SMALL.operands()
     results = op(SMALL)(*operands[:3], lengths, operands.starts.astype(dtype))
     assert_results(results, SMALL, operands._replace(lengths=np.minimum(lengths, 100).astype(int)))
