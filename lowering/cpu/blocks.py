@@ -144,7 +144,8 @@ def put_block(x: jax.Array, block: Block, by_head: jax.Array) -> jax.Array:
     """Writes [Hkv, T, D] where the block of x [B, S, Hkv, D] is used."""
     at = tuple(map(jnp.int32, (block.row, block.start, 0, 0)))
     new = by_head.astype(x.dtype).transpose(1, 0, 2)
-    old = lax.dynamic_slice(x, at, (1, *new.shape))[0]
+    # Behind the barrier the old block is read once, before it is written: x need not be copied.
+    old = lax.optimization_barrier(lax.dynamic_slice(x, at, (1, *new.shape))[0])
     new = jnp.where(block.used[:, None, None], new, old)
     return lax.dynamic_update_slice(x, new[None], at)
 

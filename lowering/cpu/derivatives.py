@@ -57,7 +57,6 @@ class _Maximum(NamedTuple):
 
     def gather(self, x: jax.Array) -> jax.Array:
         """x [B, S, Hkv, D] at t*, widened, [B, Hkv, R, D]; 0 where there is none."""
-        B, Hkv, _ = self.t.shape
         b, h = (lax.broadcasted_iota(jnp.int32, self.t.shape, i) for i in (0, 1))
         at_max = x.at[b, self.t, h].get(mode="promise_in_bounds").astype(self.z.dtype)
         return jnp.where(self.exists[..., None], at_max, 0)

@@ -1,0 +1,134 @@
+"""The CPU lowering: every case in blocks, and what the compiled programs hold and read."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cases
+import oracle
+from cases import CASES, Case, assert_close, assert_results, poison, tolerance
+from jax_ragged import ragged_attention
+from programs import temporary_bytes
+
+# Without a block size, these are small enough for the dense form.
+BLOCKED = tuple(dataclasses.replace(case, block_size=case.block_size or 8) for case in CASES)
+
+
+@functools.cache
+def _run(params: tuple[tuple[str, Any], ...]) -> Any:
+    op = functools.partial(ragged_attention, **dict(params))
+
+    def run(operands: Any, tangents: Any, cotangents: Any) -> Any:
+        def moving(*qkv: Any) -> Any:
+            return op(*qkv, *operands[3:])
+
+        results, pull = jax.vjp(moving, *operands[:3])
+        _, dots = jax.jvp(moving, operands[:3], tangents)
+        return results, dots, pull(type(results)(*cotangents))
+
+    return jax.jit(run)
+
+
+@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.parametrize("case", BLOCKED, ids=cases.ids(BLOCKED))
+def test_blocks(case: Case) -> None:
+    with cases.x64(case):
+        operands, tangents = case.operands(), case.operands(seed=1)[:3]
+        cotangents = case.cotangents()
+        run = _run(tuple(case.params.items()))
+        results, dots, grads = run(poison(operands), tangents, cotangents)
+        assert_results(results, case, operands)
+        # As in the conformance tests: twice the error of a result. Where terms of unit size cancel
+        # to 0, as in a window of one position, it is theirs.
+        tol = 2 * tolerance(case)
+        expected = oracle.jvp(*operands, tangents, **case.definition)
+        for got, want in zip(dots, expected, strict=True):
+            assert_close(got, want, tol, scale=max(1.0, np.abs(want).max(initial=0)))
+        expected = oracle.vjp(*operands, cotangents, **case.definition)
+        for got, want in zip(grads, expected, strict=True):
+            assert_close(got, want, tol, scale=max(1.0, np.abs(want).max(initial=0)))
+
+
+def _operands(S: int, dtype: str, Hkv: int = 4) -> tuple[jax.Array, ...]:
+    case = Case("program", (S, S // 2, 7), S=S, Hq=8, Hkv=Hkv, D=32, Dv=32, dtype=dtype)
+    return tuple(map(jnp.asarray, case.operands()[:4]))
+
+
+def _forward(q: Any, k: Any, v: Any, lengths: Any) -> Any:
+    return ragged_attention(q, k, v, lengths).out
+
+
+def _grad(wrt: tuple[int, ...]) -> Any:
+    def loss(*operands: Any) -> Any:
+        return ragged_attention(*operands).out.astype(jnp.float32).sum()
+
+    return jax.grad(loss, wrt)
+
+
+def _jvp(q: Any, k: Any, v: Any, lengths: Any) -> Any:
+    def moving(*qkv: Any) -> Any:
+        return ragged_attention(*qkv, lengths).out
+
+    return jax.jvp(moving, (q, k, v), (q, k, v))[1]
+
+
+PROGRAMS = {"forward": _forward, "jvp": _jvp, "grad_query": _grad((0,)), "grad": _grad((0, 1, 2))}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_memory_does_not_grow_with_the_cache(program: str, dtype: str) -> None:
+    # A whole cache widened or copied, or logits of the whole sequence, would show here.
+    function = PROGRAMS[program]
+    short, long = (temporary_bytes(function, *_operands(S, dtype)) for S in (1024, 4096))
+    assert long <= short + 4096
+
+
+@pytest.mark.parametrize("Hkv", [4, 16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_no_copy_of_the_cache(dtype: str, Hkv: int) -> None:
+    operands = _operands(4096, dtype, Hkv)
+    if Hkv == 16:
+        operands = (jnp.tile(operands[0], (1, 2, 1)), *operands[1:])
+    hlo = jax.jit(_forward).lower(*operands).compile().as_text()
+    assert hlo is not None
+    # Neither a copy nor a conversion that writes as many elements as the cache has.
+    sizes = [
+        int(np.prod([int(n) for n in dims.split(",")]))
+        for dims in re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|convert|fusion)\(", hlo)
+    ]
+    assert sizes
+    assert max(sizes) < operands[1].size
+
+
+def test_gradient_of_query_writes_no_cache() -> None:
+    operands = _operands(4096, "float32")
+    compiled = jax.jit(_grad((0,))).lower(*operands).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    assert analysis.output_size_in_bytes + analysis.temp_size_in_bytes < operands[1].nbytes
+
+
+def test_maximum_costs_only_what_asks_for_it() -> None:
+    def text(result: int) -> str:
+        def loss(*operands: Any) -> Any:
+            return ragged_attention(*operands)[result].sum()
+
+        return jax.jit(jax.grad(loss, 1)).lower(*_operands(4096, "float32")).as_text()
+
+    assert "scatter" not in text(0)
+    assert "scatter" in text(1)
+
+
+def test_program_does_not_grow_with_the_rows_or_the_sequence() -> None:
+    def lines(S: int, B: int) -> int:
+        operands = [jnp.tile(x, (B, *[1] * (x.ndim - 1))) for x in _operands(S, "float32")]
+        return jax.jit(_forward).lower(*operands).as_text().count("\n")
+
+    assert lines(1024, 1) == lines(4096, 8)
