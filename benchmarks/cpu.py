@@ -70,7 +70,10 @@ def peers(problem: Problem) -> dict[str, Candidate]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     lengths = [int(n) for n in problem.lengths]
     mask = torch.arange(problem.case.S)[None] < torch.tensor(lengths)[:, None]
-    options = {"scale": problem.scale, "enable_gqa": problem.case.Hq != problem.case.Hkv}
+    options: dict[str, Any] = {
+        "scale": problem.scale,
+        "enable_gqa": problem.case.Hq != problem.case.Hkv,
+    }
 
     def masked() -> Any:
         return scaled_dot_product_attention(q, k, v, mask[:, None, None], **options)

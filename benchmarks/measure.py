@@ -90,8 +90,8 @@ class Problem:
         cache = (case.B, case.S, case.Hkv, case.D)
         shapes = ((*rows, case.Hq, case.D), cache, cache)
         normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
-        drawn = [normal(k, s, case.dtype) for k, s in zip(keys, shapes, strict=True)]
-        return cls(case, *drawn, jnp.asarray(case.lengths()))
+        query, key, value = (normal(k, s, case.dtype) for k, s in zip(keys, shapes, strict=True))
+        return cls(case, query, key, value, jnp.asarray(case.lengths()))
 
     @property
     def scale(self) -> float:

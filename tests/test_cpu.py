@@ -47,11 +47,11 @@ def test_blocks(case: Case) -> None:
         # As in the conformance tests: twice the error of a result. Where terms of unit size cancel
         # to 0, as in a window of one position, it is theirs.
         tol = 2 * tolerance(case)
-        expected = oracle.jvp(*operands, tangents, **case.definition)
-        for got, want in zip(dots, expected, strict=True):
+        expected_dots = oracle.jvp(*operands, tangents, **case.definition)
+        for got, want in zip(dots, expected_dots, strict=True):
             assert_close(got, want, tol, scale=max(1.0, np.abs(want).max(initial=0)))
-        expected = oracle.vjp(*operands, cotangents, **case.definition)
-        for got, want in zip(grads, expected, strict=True):
+        expected_grads = oracle.vjp(*operands, cotangents, **case.definition)
+        for got, want in zip(grads, expected_grads, strict=True):
             assert_close(got, want, tol, scale=max(1.0, np.abs(want).max(initial=0)))
 
 
@@ -65,15 +65,15 @@ def _forward(q: Any, k: Any, v: Any, lengths: Any) -> Any:
 
 
 def _grad(wrt: tuple[int, ...]) -> Any:
-    def loss(*operands: Any) -> Any:
-        return ragged_attention(*operands).out.astype(jnp.float32).sum()
+    def loss(q: Any, k: Any, v: Any, lengths: Any) -> Any:
+        return ragged_attention(q, k, v, lengths).out.astype(jnp.float32).sum()
 
     return jax.grad(loss, wrt)
 
 
 def _jvp(q: Any, k: Any, v: Any, lengths: Any) -> Any:
-    def moving(*qkv: Any) -> Any:
-        return ragged_attention(*qkv, lengths).out
+    def moving(q: Any, k: Any, v: Any) -> Any:
+        return ragged_attention(q, k, v, lengths).out
 
     return jax.jvp(moving, (q, k, v), (q, k, v))[1]
 
@@ -117,8 +117,8 @@ def test_gradient_of_query_writes_no_cache() -> None:
 
 def test_maximum_costs_only_what_asks_for_it() -> None:
     def text(result: int) -> str:
-        def loss(*operands: Any) -> Any:
-            return ragged_attention(*operands)[result].sum()
+        def loss(q: Any, k: Any, v: Any, lengths: Any) -> Any:
+            return ragged_attention(q, k, v, lengths)[result].sum()
 
         return jax.jit(jax.grad(loss, 1)).lower(*_operands(4096, "float32")).as_text()
 

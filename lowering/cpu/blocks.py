@@ -56,7 +56,7 @@ class Windows(NamedTuple):
     Attributes:
       lo, hi: the windows.
       start: [B], the first position of any window of the row, where its first block starts.
-      count: [B], the number of the row's blocks of T positions.
+      blocks: [B], the number of the row's blocks of T positions.
       T: positions of a block.
       S: positions of the cache.
     """
@@ -64,7 +64,7 @@ class Windows(NamedTuple):
     lo: jax.Array
     hi: jax.Array
     start: jax.Array
-    count: jax.Array
+    blocks: jax.Array
     T: int
     S: int
 
@@ -91,11 +91,12 @@ class Windows(NamedTuple):
             def step(j: jax.Array, row_state: _RowState) -> _RowState:
                 return block(self._block(b, j, G), row_state)
 
-            count = self.count[b]
+            count = self.blocks[b]
             row_state = lax.fori_loop(jnp.zeros_like(count), count, step, begin_row(b, state))
             return end_row(b, state, row_state)
 
-        return lax.fori_loop(jnp.int32(0), jnp.int32(self.start.size), row, state)
+        folded: _State = lax.fori_loop(jnp.int32(0), jnp.int32(self.start.size), row, state)
+        return folded
 
     def _block(self, b: jax.Array, j: jax.Array, G: int) -> Block:
         at = self.start[b] + j * self.T
@@ -171,12 +172,14 @@ def by_query(x: jax.Array, Q: int) -> jax.Array:
 
 def pick(x: jax.Array, i: jax.Array) -> jax.Array:
     """x[i], i within bounds."""
-    return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+    picked: jax.Array = lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+    return picked
 
 
 def put(x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
     """X with x[i] replaced."""
-    return lax.dynamic_update_index_in_dim(x, part, i, 0)
+    replaced: jax.Array = lax.dynamic_update_index_in_dim(x, part, i, 0)
+    return replaced
 
 
 def _dot(contract: tuple[int, int], x: jax.Array, y: jax.Array) -> jax.Array:
