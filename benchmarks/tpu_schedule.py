@@ -214,7 +214,7 @@ def _copies(program: Any, elements: int) -> int:
 
 def _compile(generation: str, call: Callable[..., Any], *shapes: Any) -> tuple[Any, Any]:
     """The device of a generation, and the program compiled for it."""
-    device = topologies.get_topology_desc(
+    device: Any = topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGIES[generation]
     ).devices[0]
     sharding = SingleDeviceSharding(device)

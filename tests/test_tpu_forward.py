@@ -1,7 +1,6 @@
 """The forward TPU kernel, interpreted on the CPU through the primitive, against the oracle."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -114,8 +113,10 @@ def _run(case: Case, operands: Operands, mode: Any = "on_wait") -> RaggedAttenti
         detect_races=True, uninitialized_memory="nan", dma_execution_mode=mode
     )
     with pltpu.force_tpu_interpret_mode(params):
-        op = functools.partial(ragged_attention, **case.params, implementation="kernel")
-        results: RaggedAttention = jax.block_until_ready(op(*operands))
+        q, k, v, lengths, starts = operands
+        results: RaggedAttention = jax.block_until_ready(
+            ragged_attention(q, k, v, lengths, starts, **case.params, implementation="kernel")
+        )
         return results
 
 
