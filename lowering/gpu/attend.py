@@ -239,7 +239,8 @@ def _block(
     def dots(accumulator_ref: Any) -> jax.Array:
         keys = scratch["key"].at[slot].transpose((1, 0))
         plgpu.wgmma(accumulator_ref, scratch["query"].at[query_slot], keys)
-        return accumulator_ref[...]
+        product: jax.Array = accumulator_ref[...]
+        return product
 
     z = _logits(
         plan, pl.run_scoped(dots, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, plan.T), jnp.float32))
@@ -301,7 +302,8 @@ def _product(p: jax.Array, values_ref: Any) -> jax.Array:
 
     def run(accumulator_ref: Any) -> jax.Array:
         plgpu.wgmma(accumulator_ref, p, values_ref)
-        return accumulator_ref[...]
+        product: jax.Array = accumulator_ref[...]
+        return product
 
     shape = (p.shape[0], values_ref.shape[1])
     product: jax.Array = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))

@@ -34,8 +34,8 @@ class Tables:
     @classmethod
     def of(cls, bounds: Sequence[Any], blocks: Any) -> "Tables":
         """Of the two or four tables of bounds."""
-        start, end, *inner = bounds
-        return cls(start, end, *(inner or (start, end)), blocks)
+        inner_start, inner_end = bounds[-2:]
+        return cls(bounds[0], bounds[1], inner_start, inner_end, blocks)
 
     def hull(self, plan: "Plan", line: Any, row: Any) -> tuple[Any, Any]:
         """The window of a row's tile, in positions of the joined cache; none is (0, 0)."""
