@@ -78,7 +78,7 @@ def _stream(
     def empty(*rows: int) -> Arrays3:
         lowest = varying_like(q, jnp.full((*rows, R), jnp.finfo(q.dtype).min, q.dtype))
         zeros = varying_like(q, jnp.zeros((*rows, R, value.shape[-1]), q.dtype))
-        return lowest, jnp.zeros_like(lowest), zeros
+        return lowest, zeros[..., 0], zeros
 
     def block(at: Block, state: tuple[jax.Array, Arrays3]) -> tuple[jax.Array, Arrays3]:
         q_row, (highest, total, weighted) = state
