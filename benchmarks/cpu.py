@@ -57,8 +57,8 @@ def peers(problem: Problem) -> dict[str, Candidate]:
     """Torch, where it is installed."""
     if importlib.util.find_spec("torch") is None:
         return {}
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
+    torch: Any = importlib.import_module("torch")
+    scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention
 
     def tensor(x: Any) -> Any:
         wide = torch.from_numpy(np.array(x, np.float32))

@@ -43,9 +43,7 @@ def read_bandwidth() -> tuple[str, float]:
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        for _ in range(10):
-            result = total(x)
-        jax.block_until_ready(result)
+        jax.block_until_ready([total(x) for _ in range(10)])
         best = min(best, (time.perf_counter() - start) / 10)
     return "a sum in XLA, the best of 5", x.nbytes / best
 
@@ -78,8 +76,7 @@ def _cudnn(problem: Problem) -> Candidate:
 
 def _graphed(function: Callable[[], Any]) -> Candidate:
     """A torch function as a CUDA graph."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -100,10 +97,10 @@ def _graphed(function: Callable[[], Any]) -> Candidate:
 
 
 def _torch(problem: Problem) -> dict[str, Candidate]:
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    from torch.nn.functional import scaled_dot_product_attention
-
+    torch: Any = importlib.import_module("torch")
+    masks: Any = importlib.import_module("torch.nn.attention.flex_attention")
+    create_block_mask, flex_attention = masks.create_block_mask, masks.flex_attention
+    scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention
     case = problem.case
     query = problem.query[:, None] if case.Q is None else problem.query
     # [B, S, H, D] in memory, seen as [B, H, S, D].

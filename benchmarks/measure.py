@@ -179,9 +179,11 @@ class Platform(Protocol):
 
     def peers(self, problem: Problem) -> dict[str, Candidate]:
         """Implementations other than those of `jax_candidates`, by name."""
+        ...
 
     def read_bandwidth(self) -> tuple[str, float]:
         """How the machine's read bandwidth was measured, and bytes a second."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +220,7 @@ class Times:
 
 def _sample(run: Run, calls: int) -> float:
     start = time.perf_counter()
-    for _ in range(calls):
-        result = run()
-    jax.block_until_ready(result)
+    jax.block_until_ready([run() for _ in range(calls)][-1:])
     return (time.perf_counter() - start) / calls
 
 

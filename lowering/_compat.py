@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax._src import config as _config
+from jax.core import ShapedArray
 from jax.extend.core import Jaxpr
 from jax.interpreters import mlir
 
@@ -49,7 +50,7 @@ def as_primitive(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 def varying_axes(x: Any) -> frozenset[str]:
     """The manual mesh axes over which a value or aval varies (`vma` until jax 0.11)."""
-    aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    aval = x if isinstance(x, ShapedArray) else jax.typeof(x)
     return frozenset(aval.manual_axis_type.varying)
 
 

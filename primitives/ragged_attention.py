@@ -31,7 +31,7 @@ from jax_ragged.primitives.ragged_attention_vjp import ragged_attention_vjp_p
 
 
 def _ragged_attention_types(*operands: ShapedArray, params: RaggedAttentionParams) -> Types:
-    named = dict(zip(PRIMALS, operands, strict=True))
+    named: dict[str, ShapedArray] = dict(zip(PRIMALS, operands, strict=True))
     checked = Operands.check("ragged_attention", named, params.partition)
     return Types(checked, [(name, None) for name in RESULTS])
 

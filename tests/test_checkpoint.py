@@ -21,7 +21,11 @@ def _gradients(policy: Any) -> Any:
 
 
 @pytest.mark.usefixtures("fast_compile")
-@pytest.mark.parametrize("policy", [None, SAVED, POLICIES.everything_saveable], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [None, SAVED, POLICIES.everything_saveable],
+    ids=["none", "named", "everything"],
+)
 def test_gradients(policy: Any) -> None:
     operands, bars = CASE.operands(), CASE.cotangents()
     expected = oracle.vjp(*operands, bars, **CASE.definition)
@@ -40,7 +44,7 @@ def test_gradients(policy: Any) -> None:
         (SAVED, 1),
         (POLICIES.everything_saveable, 1),
     ],
-    ids=lambda x: getattr(x, "__name__", str(x)),
+    ids=["none", "nothing", "another", "two_named", "all_named", "everything"],
 )
 def test_forward_runs(policy: Any, runs: int) -> None:
     """What is not saved is computed again; with the three names saved, nothing is."""

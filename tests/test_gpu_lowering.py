@@ -139,10 +139,10 @@ class TestLowered:
 
 def _reason(device_kind: str | None = H200, **changes: Any) -> str | None:
     case = dataclasses.replace(Case("", (70, 100), S=100, D=64, Dv=64, dtype="bfloat16"), **changes)
-    operands = [x[:, None] if i == 0 else x for i, x in enumerate(case.operands()[:3])]
+    query, key, value = case.operands()[:3]
     implementation = dispatch.Implementation("cuda", device_kind)
     params = RaggedAttentionParams(block_size=case.block_size)
-    return implementation.why_reference("forward", *operands, params)
+    return implementation.why_reference("forward", query[:, None], key, value, params)
 
 
 class TestUnsupported:
@@ -237,10 +237,10 @@ class TestInterpreted:
         plan = dataclasses.replace(make_plan(query, key, value, params), parts=3)
         # On a machine with a GPU the interpreter's callbacks would wait for one another.
         with jax.default_device(jax.devices("cpu")[0]):
-            operands_of_run = map(jnp.asarray, (query, key, value, *bounds))
-            results = gpu.run(plan, *operands_of_run, plgpu.InterpretGPUParams())
-        results = [x.reshape(*rows, *x.shape[2:]) for x in results]
-        _assert_results(results, case, operands)
+            q, k, v, ends, begins = map(jnp.asarray, (query, key, value, *bounds))
+            interpret: Any = vars(plgpu)["InterpretGPUParams"]()
+            results = gpu.run(plan, q, k, v, ends, begins, interpret)
+        _assert_results([x.reshape(*rows, *x.shape[2:]) for x in results], case, operands)
 
 
 @pytest.mark.skipif(_gpu() is None, reason="this machine has no GPU")
@@ -270,7 +270,9 @@ class TestGpu:
         case = next(c for c in FITTED if c.name == "segments")
         operands, cotangents = case.operands(), case.cotangents()
         with jax.default_device(_gpu()):
-            results, pull = jax.vjp(lambda *x: ragged_attention(*x, *operands[3:]), *operands[:3])
+            results, pull = jax.vjp(
+                lambda q, k, v: ragged_attention(q, k, v, *operands[3:]), *operands[:3]
+            )
             grads = pull(type(results)(*map(jnp.asarray, cotangents)))
         expected = oracle.vjp(*operands, cotangents, **case.definition)
         for got, want in zip(grads, expected, strict=True):

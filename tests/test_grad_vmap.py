@@ -33,8 +33,7 @@ def _arguments(case: Case, axes: Any) -> tuple[list[Any], list[Operands]]:
         for i, x in enumerate(drawn)
     ]
     stacked = [
-        drawn[0][j] if a is None else np.stack([x[j] for x in drawn], a)
-        for j, a in enumerate(axes)
+        drawn[0][j] if a is None else np.stack([x[j] for x in drawn], a) for j, a in enumerate(axes)
     ]
     examples = [
         Operands(*(drawn[0 if a is None else i][j] for j, a in enumerate(axes))) for i in range(N)
@@ -44,8 +43,7 @@ def _arguments(case: Case, axes: Any) -> tuple[list[Any], list[Operands]]:
 
 def _expected(case: Case, axes: Any, examples: list[Operands], bars: Any) -> list[Any]:
     each = [
-        oracle.vjp(*x, tuple(b[i] for b in bars), **case.definition)
-        for i, x in enumerate(examples)
+        oracle.vjp(*x, tuple(b[i] for b in bars), **case.definition) for i, x in enumerate(examples)
     ]
     return [
         sum(g[j] for g in each) if axes[j] is None else np.stack([g[j] for g in each], axes[j])

@@ -71,9 +71,9 @@ def interpreted() -> Iterator[None]:
 
 
 def _assert_kernel_runs(case: Case, operation: str) -> None:
-    folded = [jax.ShapeDtypeStruct(s, case.dtype) for s in _folded_shapes(case)]
+    query, key, value = (jax.ShapeDtypeStruct(s, case.dtype) for s in _folded_shapes(case))
     params = RaggedAttentionParams(block_size=case.block_size)
-    assert Implementation("tpu").why_reference(operation, *folded, params) is None
+    assert Implementation("tpu").why_reference(operation, query, key, value, params) is None
 
 
 def _folded_shapes(case: Case) -> list[tuple[int, ...]]:
@@ -169,8 +169,8 @@ def _compiled(topology: str, sizes: tuple[int, ...], dtype: Any, function: Any) 
 def _gradients(query: Any, key: Any, value: Any, lengths: Any) -> Any:
     from jax_ragged import ragged_attention
 
-    def loss(*arrays: Any) -> Any:
-        return ragged_attention(*arrays, lengths, implementation="kernel").out.sum()
+    def loss(query: Any, key: Any, value: Any) -> Any:
+        return ragged_attention(query, key, value, lengths, implementation="kernel").out.sum()
 
     return jax.grad(loss, ALL)(query, key, value)
 

@@ -129,7 +129,8 @@ def test_size_zero() -> None:
 @fast
 def test_nothing_mapped() -> None:
     operands = SMALL.operands()
-    run = jax.vmap(lambda *x: op(SMALL)(*x), axis_size=N, in_axes=None)
+    function: Any = lambda *x: op(SMALL)(*x)  # noqa: E731
+    run = jax.vmap(function, axis_size=N, in_axes=None)
     _assert_all_close(run(*operands), _expected(SMALL, [operands] * N))
     # The rule itself, when a transformation calls it with nothing mapped.
     once = jax.vmap(op(SMALL), axis_size=N, in_axes=None, out_axes=None)

@@ -28,7 +28,7 @@ AXES = [
 
 def _arguments(case: Case, axes: Any) -> tuple[Operands, Any, list[tuple[Operands, Any]]]:
     """Stacked operands and cotangents, and the examples that they stand for."""
-    drawn = [(*case.operands(seed=i), case.cotangents(seed=i)) for i in range(N)]
+    drawn: list[Any] = [(*case.operands(seed=i), case.cotangents(seed=i)) for i in range(N)]
     drawn = [(*x[:3], (x[3] + i) % 7, (x[4] + i) % 3, x[5]) for i, x in enumerate(drawn)]
 
     def pick(i: int, j: int) -> Any:
