@@ -141,9 +141,24 @@ def _slice(x: jax.Array, block: Block, h: int, heads: int, T: int) -> jax.Array:
     return lax.dynamic_slice(x, at, sizes)[0].astype(statistics_dtype(x.dtype))
 
 
+def zero_cache(like: jax.Array) -> jax.Array:
+    """Zeros to put blocks in; bits for bfloat16.
+
+    XLA before jax 0.12 updates bfloat16 by widening all of it, at every block.
+    """
+    return jnp.zeros(like.shape, jnp.uint16 if like.dtype == jnp.bfloat16 else like.dtype)
+
+
+def written_cache(x: jax.Array, like: jax.Array) -> jax.Array:
+    """What was put in a zero_cache, in the dtype of like."""
+    return x if x.dtype == like.dtype else lax.bitcast_convert_type(x, like.dtype)
+
+
 def put_block(x: jax.Array, block: Block, by_head: jax.Array) -> jax.Array:
-    """Writes [Hkv, T, D] where the block of x [B, S, Hkv, D] is used."""
+    """Writes [Hkv, T, D] where the block of x [B, S, Hkv, D], a zero_cache, is used."""
     at = tuple(map(jnp.int32, (block.row, block.start, 0, 0)))
+    if x.dtype == jnp.uint16:
+        by_head = lax.bitcast_convert_type(by_head.astype(jnp.bfloat16), jnp.uint16)
     new = by_head.astype(x.dtype).transpose(1, 0, 2)
     # Behind the barrier the old block is read once, before it is written: x need not be copied.
     old = lax.optimization_barrier(lax.dynamic_slice(x, at, (1, *new.shape))[0])

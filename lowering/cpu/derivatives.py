@@ -28,6 +28,8 @@ from jax_ragged.lowering.cpu.blocks import (
     soft_cap_slope,
     take,
     varying_like,
+    written_cache,
+    zero_cache,
 )
 from jax_ragged.lowering.cpu.forward import is_dense
 from jax_ragged.lowering.params import RaggedAttentionParams
@@ -296,7 +298,12 @@ def _run_vjp(
 
     q_bar, maximum = begin(B, Hkv)
     k_bar, v_bar = (
-        varying_like(q, jnp.zeros_like(x)) if asked else None
+        varying_like(q, zero_cache(x)) if asked else None
         for x, asked in zip((key, value), wrt[1:], strict=True)
     )
-    return windows.fold(_Gradients(q_bar, k_bar, v_bar, maximum), R // Q, begin_row, block, end_row)
+    initial = _Gradients(q_bar, k_bar, v_bar, maximum)
+    grads = windows.fold(initial, R // Q, begin_row, block, end_row)
+    return grads._replace(
+        k=None if grads.k is None else written_cache(grads.k, key),
+        v=None if grads.v is None else written_cache(grads.v, value),
+    )
