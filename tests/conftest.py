@@ -9,6 +9,8 @@ from collections.abc import Iterator
 # compiler) but no TPU would look for one.
 os.environ.setdefault("JAX_PLATFORMS", "" if shutil.which("nvidia-smi") else "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# Several test processes compile for TPUs at once; libtpu's lock guards a TPU, and there is none.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # Hypothesis warns, here an error, when pytest sees its folder in the checkout.
 os.environ.setdefault(
     "HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis")

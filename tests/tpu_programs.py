@@ -1,7 +1,6 @@
 """Compiling for TPUs that are not there, and reading what the compiler made."""
 
 import functools
-import os
 import re
 from typing import Any
 
@@ -26,9 +25,6 @@ _MOVES = re.compile(r"= \(?\w+\[([\d,]+)\].*? (copy|copy-start|transpose|convert
 @functools.cache
 def device(generation: str) -> Any:
     """A device of a generation, for which programs can be compiled."""
-    # When libtpu is loaded it looks for no metadata server, and shares its lock.
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     return topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGIES[generation]
     ).devices[0]
