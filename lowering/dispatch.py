@@ -23,6 +23,7 @@ from jax.interpreters import mlir
 
 from jax_ragged.lowering import reference
 from jax_ragged.lowering._compat import device_kind, interpret_mode
+from jax_ragged.lowering.reference import Residuals
 
 # Imported when first lowered for: Pallas is slow to import.
 _MODULES: dict[str, str] = {
@@ -52,21 +53,20 @@ class Implementation:
     device_kind: str | None = None
     unpartitioned_devices: int = 1
 
-    def forward(self, *operands: Any, **params: Any) -> reference.Arrays3:
-        results: reference.Arrays3 = self._run("forward", *operands, **params)
+    def forward(self, *operands: Any, params: Any) -> reference.Arrays3:
+        results: reference.Arrays3 = self._run("forward", operands, *operands, params=params)
         return results
 
-    def jvp(self, *operands: Any, **params: Any) -> reference.Arrays3:
-        tangents: reference.Arrays3 = self._run("jvp", *operands, **params)
+    def jvp(self, residuals: Residuals, *rest: Any, params: Any) -> reference.Arrays3:
+        tangents: reference.Arrays3 = self._run("jvp", residuals, residuals, *rest, params=params)
         return tangents
 
-    def vjp(self, *operands: Any, **params: Any) -> reference.Optional3:
-        cotangents: reference.Optional3 = self._run("vjp", *operands, **params)
-        return cotangents
+    def vjp(self, residuals: Residuals, *rest: Any, params: Any) -> reference.Optional3:
+        grads: reference.Optional3 = self._run("vjp", residuals, residuals, *rest, params=params)
+        return grads
 
-    def _run(
-        self, operation: str, query: Any, key: Any, value: Any, *rest: Any, params: Any
-    ) -> Any:
+    def _run(self, operation: str, operands: tuple[Any, ...], *arguments: Any, params: Any) -> Any:
+        query, key, value = operands[:3]
         reason = self.why_reference(operation, query, key, value, params)
         if reason is not None and params.implementation == "kernel":
             raise NotImplementedError(
@@ -79,7 +79,7 @@ class Implementation:
         run: Callable[..., Any] = getattr(module, operation)
         # The scope shows in HLO metadata and profiles which implementation was chosen.
         with jax.named_scope(f"ragged_attention_{operation}_{name}"):
-            return run(query, key, value, *rest, params=params, **self._context(module))
+            return run(*arguments, params=params, **self._context(module))
 
     def _context(self, module: ModuleType | None) -> dict[str, Any]:
         """What a module whose kernels differ by kind of device is told besides."""

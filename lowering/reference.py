@@ -21,6 +21,19 @@ Arrays3 = tuple[jax.Array, jax.Array, jax.Array]
 Optional3 = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
 
 
+class Residuals(NamedTuple):
+    """What the derivatives start from: the operands of the forward and its results."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    lengths: jax.Array
+    starts: jax.Array
+    out: jax.Array
+    max_logits: jax.Array
+    denominator: jax.Array
+
+
 def statistics_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """float64 for float64, else float32: of logits, statistics and accumulators."""
     return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
@@ -142,14 +155,7 @@ def _softmax(
 
 
 def jvp(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    out: jax.Array,
-    max_logits: jax.Array,
-    denominator: jax.Array,
+    residuals: Residuals,
     tangents: Optional3,
     *,
     params: RaggedAttentionParams,
@@ -162,6 +168,7 @@ def jvp(
         m.   = z_t*.                               l.   = sum p_t z_t. - l m.
         o.   = sum p_t z_t. v_t / l - (sum p_t z_t. / l) o + sum p_t v_t. / l
     """
+    query, key, value, lengths, starts, out, max_logits, denominator = residuals
     S, Hkv = key.shape[1:3]
     valid = window_mask(lengths, starts, S)
     q, k, v = _group(query, Hkv), zero_outside(key, valid), zero_outside(value, valid)
@@ -188,14 +195,7 @@ def jvp(
 
 
 def vjp(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    out: jax.Array,
-    max_logits: jax.Array,
-    denominator: jax.Array,
+    residuals: Residuals,
     cotangents: Optional3,
     wrt: tuple[bool, bool, bool],
     *,
@@ -211,6 +211,7 @@ def vjp(
 
     The last two sums run over the queries and the heads that share k_t and v_t.
     """
+    query, key, value, lengths, starts, out, max_logits, denominator = residuals
     S, Hkv = key.shape[1:3]
     valid = window_mask(lengths, starts, S)
     q, k, v = _group(query, Hkv), zero_outside(key, valid), zero_outside(value, valid)

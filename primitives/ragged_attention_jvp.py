@@ -13,6 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.reference import Residuals
 from jax_ragged.primitives import ragged_attention_vjp
 from jax_ragged.primitives._avals import DIFFERENTIABLE, PRIMALS, RESULTS, Operands
 from jax_ragged.primitives._folding import Folding, is_one
@@ -52,10 +53,7 @@ def _ragged_attention_jvp_folded(
     )
     fold, fold_cache = folding.fold, folding.fold_cache
     results = implementation.jvp(
-        fold(query),
-        fold_cache(key),
-        fold_cache(value),
-        *map(fold, rest),
+        Residuals(fold(query), fold_cache(key), fold_cache(value), *map(fold, rest)),
         (
             None if q_dot is None else fold(q_dot),
             None if k_dot is None else fold_cache(k_dot),

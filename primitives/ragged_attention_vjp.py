@@ -16,6 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.reference import Residuals
 from jax_ragged.primitives import ragged_attention_jvp
 from jax_ragged.primitives._avals import DIFFERENTIABLE, PRIMALS, RESULTS, Operands
 from jax_ragged.primitives._folding import Folding, is_one, sum_shared
@@ -59,12 +60,10 @@ def _ragged_attention_vjp_folded(
     query, key, value, *rest = operands[:8]
     cache_shared = shared[1:] if wrt[0] else shared
     folding = Folding.of(query.ndim - 2, (query, *rest, *operands[8:]), (key, value), cache_shared)
+    fold, fold_cache = folding.fold, folding.fold_cache
     grads = implementation.vjp(
-        folding.fold(query),
-        folding.fold_cache(key),
-        folding.fold_cache(value),
-        *map(folding.fold, rest),
-        scatter(given, map(folding.fold, operands[8:])),
+        Residuals(fold(query), fold_cache(key), fold_cache(value), *map(fold, rest)),
+        scatter(given, map(fold, operands[8:])),
         wrt,
         params=params,
     )

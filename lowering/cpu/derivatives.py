@@ -33,7 +33,7 @@ from jax_ragged.lowering.cpu.blocks import (
 )
 from jax_ragged.lowering.cpu.forward import is_dense
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import Arrays3, Optional3, inverse, statistics_dtype
+from jax_ragged.lowering.reference import Arrays3, Optional3, Residuals, inverse, statistics_dtype
 
 _Rows = dict[str, jax.Array]
 
@@ -68,12 +68,11 @@ class _Maximum(NamedTuple):
         return self.z > -jnp.inf
 
 
-def _rows(
-    query: jax.Array, out: jax.Array, max_logits: jax.Array, denominator: jax.Array, Hkv: int
-) -> _Rows:
+def _rows(residuals: Residuals) -> _Rows:
     """The residuals by key head, wide: q, o [B, Hkv, R, ...]; m, 1 / l, l [B, Hkv, R]."""
+    query, key, _, _, _, *results = residuals
     wide = statistics_dtype(query.dtype)
-    q, o, m, l_ = (by_key_head(x.astype(wide), Hkv) for x in (query, out, max_logits, denominator))
+    q, o, m, l_ = (by_key_head(x.astype(wide), key.shape[2]) for x in (query, *results))
     return {"q": q, "o": o, "m": m, "inverse": inverse(l_), "denominator": l_}
 
 
@@ -112,24 +111,17 @@ class _Moments(NamedTuple):
 
 
 def jvp(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    out: jax.Array,
-    max_logits: jax.Array,
-    denominator: jax.Array,
+    residuals: Residuals,
     tangents: Optional3,
     *,
     params: RaggedAttentionParams,
 ) -> Arrays3:
     """Tangents of (out, max_logits, denominator) for tangents of (query, key, value)."""
-    operands = (query, key, value, lengths, starts, out, max_logits, denominator)
+    query, key, value, lengths, starts, out, *_ = residuals
     if is_dense(query, key, value, params):
-        return reference.jvp(*operands, tangents, params=params)
+        return reference.jvp(residuals, tangents, params=params)
     Q, Hkv = lengths.shape[1], key.shape[2]
-    rows = _rows(query, out, max_logits, denominator, Hkv)
+    rows = _rows(residuals)
     q_dot, k_dot, v_dot = tangents
     if q_dot is not None:
         rows["q_dot"] = by_key_head(q_dot.astype(rows["q"].dtype), Hkv)
@@ -187,25 +179,18 @@ class _Gradients(NamedTuple):
 
 
 def vjp(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    out: jax.Array,
-    max_logits: jax.Array,
-    denominator: jax.Array,
+    residuals: Residuals,
     cotangents: Optional3,
     wrt: tuple[bool, bool, bool],
     *,
     params: RaggedAttentionParams,
 ) -> Optional3:
     """Cotangents of those of (query, key, value) that wrt asks for: the transpose of jvp."""
-    operands = (query, key, value, lengths, starts, out, max_logits, denominator)
+    query, key, value, lengths, starts, *_ = residuals
     if is_dense(query, key, value, params):
-        return reference.vjp(*operands, cotangents, wrt, params=params)
+        return reference.vjp(residuals, cotangents, wrt, params=params)
     Q, Hkv = lengths.shape[1], key.shape[2]
-    rows = _rows(query, out, max_logits, denominator, Hkv)
+    rows = _rows(residuals)
     _add_cotangents(rows, cotangents, Hkv)
     at_max = cotangents[1] is not None or cotangents[2] is not None
     grads = _run_vjp(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import Arrays3, Optional3
+from jax_ragged.lowering.reference import Arrays3, Optional3, Residuals
 from jax_ragged.lowering.tpu import backward, block_size, forward_kernel as kernel, work_list
 from jax_ragged.lowering.tpu.block_size import Blocks, Problem
 from jax_ragged.lowering.tpu.chips import Chip, chip_of
@@ -198,39 +198,32 @@ def forward(
 
 
 def jvp(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *rest: Any,
+    residuals: Residuals,
+    tangents: Optional3,
+    *,
     params: RaggedAttentionParams,
     device_kind: str | None = None,
 ) -> Arrays3:
     """As `reference.jvp`, for what `unsupported` does not refuse."""
-    problem = _derivative(query, key, value, params, device_kind)
-    return backward.jvp(problem, query, key, value, *rest)
+    return backward.jvp(_derivative(residuals, params, device_kind), residuals, tangents)
 
 
 def vjp(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *rest: Any,
+    residuals: Residuals,
+    cotangents: Optional3,
+    wrt: tuple[bool, bool, bool],
+    *,
     params: RaggedAttentionParams,
     device_kind: str | None = None,
 ) -> Optional3:
     """As `reference.vjp`, for what `unsupported` does not refuse."""
-    problem = _derivative(query, key, value, params, device_kind)
-    return backward.vjp(problem, query, key, value, *rest)
+    return backward.vjp(_derivative(residuals, params, device_kind), residuals, cotangents, wrt)
 
 
 def _derivative(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    params: RaggedAttentionParams,
-    device_kind: str | None,
+    residuals: Residuals, params: RaggedAttentionParams, device_kind: str | None
 ) -> backward.Problem:
-    problem = backward.choose(query, key, value, params, chip_of(device_kind))
+    problem = backward.choose(*residuals[:3], params, chip_of(device_kind))
     if isinstance(problem, str):
         raise NotImplementedError(f"ragged_attention: {problem}. Pass block_size=None.")
     return problem

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import Arrays3, Optional3, inverse
+from jax_ragged.lowering.reference import Arrays3, Optional3, Residuals, inverse
 from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu.chips import MIB, Chip
 from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, Form, physical_form, round_up
@@ -486,18 +486,12 @@ def _read_block(
 
 def vjp(
     problem: Problem,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    out: jax.Array,
-    max_logits: jax.Array,
-    denominator: jax.Array,
+    residuals: Residuals,
     cotangents: Optional3,
     wrt: tuple[bool, bool, bool],
 ) -> Optional3:
     """`lowering.reference.vjp` for the problem that `choose` made of its arguments."""
+    query, key, value, lengths, starts, out, max_logits, denominator = residuals
     o_bar, m_bar, l_bar = cotangents
     with_maximum = (m_bar is not None or l_bar is not None) and (wrt[0] or wrt[1])
     zero = jnp.zeros_like(max_logits)
@@ -639,17 +633,11 @@ def _jvp_kernel(
 
 def jvp(
     problem: Problem,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    out: jax.Array,
-    max_logits: jax.Array,
-    denominator: jax.Array,
+    residuals: Residuals,
     tangents: Optional3,
 ) -> Arrays3:
     """`lowering.reference.jvp` for the problem that `choose` made of its arguments."""
+    query, key, value, lengths, starts, out, max_logits, denominator = residuals
     B, T, R = problem.B, problem.T, problem.R
     D, Dv = problem.key.D, problem.value.D
     bounds, windows, blocks = problem.windows(lengths, starts)
