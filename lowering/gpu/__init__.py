@@ -3,11 +3,11 @@
 A tile is what one row b of the cache has to do for one column: for a KV head h and up to 64 of
 the queries and query heads (q, g) that share it, padded to the 64 rows of a wgmma. A tile's
 window is the hull of its queries' windows, cut into blocks of T positions. The blocks of all
-rows stand in one line, of which each of a fixed number of CTAs, the parts, takes an equal,
-contiguous share, for each column: so few long rows fill the chip, and many short ones are
-balanced. The CTAs of one part read neighbouring heads of the same positions at the same time,
-which the memory likes. A share falls into segments, one a row, and a segment gives partial
-results, unnormalised:
+rows stand in one line, which is cut in a fixed number of parts of equal length, each with a
+stream for every column: so few long rows fill the chip, and many short ones are balanced. A
+stream is a warpgroup that copies and one that computes; a CTA has one or two. The streams of one
+part read neighbouring heads of the same positions at the same time, which the memory likes. A
+part falls into segments, one a row, and a segment gives partial results, unnormalised:
 
     m = max z_t        l = sum exp(z_t - m)        a = sum exp(z_t - m) v_t
 
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering.gpu.attend import attend, scratch
-from jax_ragged.lowering.gpu.merge import merge
+from jax_ragged.lowering.gpu.merge import merge, rows_together
 from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, Plan, make_plan
 from jax_ragged.lowering.gpu.schedule import count_blocks, schedule
 from jax_ragged.lowering.params import RaggedAttentionParams
@@ -112,9 +112,9 @@ def run(
             *([table] if scanned else []),
         ],
         scratch_types=scratch(plan),
-        grid=(plan.parts * plan.columns,),
+        grid=(plan.ctas,),
         grid_names=("cta",),
-        num_threads=plan.warpgroups + 1,
+        num_threads=2 * plan.streams,
         thread_name="wg",
         kernel_name="ragged_attention",
         compiler_params=plgpu.CompilerParams(
@@ -139,8 +139,8 @@ def run(
             row,
             row,
         ],
-        grid=(rows,),
-        grid_names=("row",),
+        grid=(rows // rows_together(plan),),
+        grid_names=("rows",),
         kernel_name="ragged_attention_merge",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup

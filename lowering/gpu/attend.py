@@ -1,4 +1,4 @@
-"""The kernel that reads the cache: a warpgroup that copies, and others that compute."""
+"""The kernel that reads the cache: in each stream a warpgroup copies, and another computes."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu.plan import (
+    COPIED,
     SWIZZLE_BYTES,
     SWIZZLE_ROWS,
     WGMMA_ROWS,
@@ -49,15 +50,17 @@ def attend(plan: Plan, *refs: Any, **scratch: Any) -> None:
         tables = Tables.of(bounds, blocks_ref)
     named = _Refs(tables, tuple(rest[:-6]), *rest[-6:])
 
-    @pl.when(lax.axis_index("wg") == plan.warpgroups)
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg >= plan.streams)
     def _() -> None:
         plgpu.set_max_registers(24, action="decrease")
-        _load(plan, named, **scratch)
+        _load(plan, named, wg - plan.streams, **scratch)
 
-    @pl.when(lax.axis_index("wg") < plan.warpgroups)
+    @pl.when(wg < plan.streams)
     def _() -> None:
-        plgpu.set_max_registers(240, action="increase")
-        _compute(plan, named, **scratch)
+        plgpu.set_max_registers(232, action="increase")
+        _compute(plan, named, wg, **scratch)
 
 
 def _share_tables(
@@ -68,7 +71,7 @@ def _share_tables(
     tables = Tables.of(shared[:-1], shared[-1])
     rows = pl.ds(0, plan.line_size)
 
-    @pl.when(lax.axis_index("wg") == plan.warpgroups)
+    @pl.when(lax.axis_index("wg") == plan.streams)
     def _() -> None:
         for ref, copy in zip(bounds, shared, strict=False):
             for line in range(plan.lines):
@@ -88,47 +91,62 @@ def _share_tables(
     return tables
 
 
-def _load(plan: Plan, refs: _Refs, **scratch: Any) -> None:
+def _slot(plan: Plan, stream: Any, step: Any) -> Any:
+    """Where a block of a stream lies in shared memory."""
+    return stream * plan.stages + lax.rem(step, plan.stages)
+
+
+def _load_block(
+    plan: Plan, cache_ref: Any, head: Any, first: Any, end: Any, to: Any, full: Any
+) -> None:
+    """Starts the copies of a block's positions before the end; what is past it stays as it was."""
+    for offset in range(0, plan.T, COPIED):
+        at = pl.multiple_of(first + offset, SWIZZLE_ROWS)
+
+        def copy(offset: int = offset, at: Any = at) -> None:
+            source = cache_ref.at[pl.ds(at, COPIED), head]
+            plgpu.copy_gmem_to_smem(source, to.at[pl.ds(offset, COPIED)], full)
+
+        def skip() -> None:
+            plgpu.barrier_arrive(full)
+
+        lax.cond(at < end, copy, skip)
+
+
+def _load(plan: Plan, refs: _Refs, stream: Any, **scratch: Any) -> None:
     """Starts the copies of queries, keys and values, as far ahead as there is room."""
 
-    def run(column: Column, segment: Segment) -> None:
-        slot = lax.rem(segment.index, plan.query_stages)
-        plgpu.barrier_wait(scratch["query_free"].at[slot])
+    def load_query(column: Column, segment: Segment) -> None:
+        plgpu.barrier_wait(scratch["query_free"].at[stream])
         # 0, but not known to be: then the copy may leave the array, and what is past it is 0.
         start = pl.multiple_of(jnp.minimum(segment.index, 0), SWIZZLE_ROWS)
         plgpu.copy_gmem_to_smem(
             refs.query.at[segment.row, column.number, pl.ds(start, plan.tile_rows)],
-            scratch["query"].at[slot, pl.ds(0, plan.tile_rows)],
-            scratch["query_full"].at[slot],
+            scratch["query"].at[stream, pl.ds(0, plan.tile_rows)],
+            scratch["query_full"].at[stream],
         )
 
+    def run(column: Column, segment: Segment) -> None:
+        _, end = refs.tables.hull(plan, column.line, segment.row)
+
         def block(i: Any, _: None) -> None:
-            slot = lax.rem(segment.step + i, plan.stages)
-            position = pl.multiple_of(segment.first + i * plan.T, SWIZZLE_ROWS)
+            slot = _slot(plan, stream, segment.step + i)
+            first = segment.first + i * plan.T
             for name, cache_ref in (("key", refs.key), ("value", refs.value)):
                 plgpu.barrier_wait(scratch[f"{name}_free"].at[slot])
-                plgpu.copy_gmem_to_smem(
-                    cache_ref.at[pl.ds(position, plan.T), column.head],
-                    scratch[name].at[slot],
-                    scratch[f"{name}_full"].at[slot],
-                )
+                to, full = scratch[name].at[slot], scratch[f"{name}_full"].at[slot]
+                _load_block(plan, cache_ref, column.head, first, end, to, full)
+            # Behind the first block, which need not wait until the last queries are used.
+            pl.when(i == 0)(functools.partial(load_query, column, segment))
 
         lax.fori_loop(0, segment.count, block, None)
 
-    for_segments(plan, refs.tables, run)
-    for name, stages in _free(plan):
-        for slot in range(stages):
-            plgpu.barrier_wait(scratch[name].at[slot])
+    for_segments(plan, refs.tables, stream, run)
+    plgpu.barrier_wait(scratch["query_free"].at[stream])
+    for i in range(plan.stages):
+        for name in ("key_free", "value_free"):
+            plgpu.barrier_wait(scratch[name].at[stream * plan.stages + i])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _free(plan: Plan) -> tuple[tuple[str, int], ...]:
-    """The barriers that tell that a slot may be filled, and how many slots there are."""
-    return (
-        ("query_free", plan.query_stages),
-        ("key_free", plan.stages),
-        ("value_free", plan.stages),
-    )
 
 
 def _logits(plan: Plan, dots: jax.Array) -> jax.Array:
@@ -141,37 +159,27 @@ def _logits(plan: Plan, dots: jax.Array) -> jax.Array:
     return cap * _LOG2_E - (2 * cap * _LOG2_E) / (exponential + 1)
 
 
-def _compute(plan: Plan, refs: _Refs, **scratch: Any) -> None:
-    """Streaming softmax over this warpgroup's blocks of each segment, and its partial results."""
-    wg = lax.axis_index("wg")
-    # All slots are free at first. A slot of the cache is only ever used by one warpgroup.
-    for name, stages in _free(plan):
-        for slot in range(stages):
-
-            @pl.when((name == "query_free") | (wg == slot % plan.warpgroups))
-            def _(name: str = name, slot: int = slot) -> None:
-                plgpu.barrier_arrive(scratch[name].at[slot])
+def _compute(plan: Plan, refs: _Refs, stream: Any, **scratch: Any) -> None:
+    """Streaming softmax over the blocks of each segment, and its partial results."""
+    # Everything is free at first.
+    plgpu.barrier_arrive(scratch["query_free"].at[stream])
+    for i in range(plan.stages):
+        for name in ("key_free", "value_free"):
+            plgpu.barrier_arrive(scratch[name].at[stream * plan.stages + i])
 
     def run(column: Column, segment: Segment) -> None:
-        query_slot = lax.rem(segment.index, plan.query_stages)
-        block = functools.partial(
-            _block, plan, refs, _windows(plan, refs, column, segment.row), query_slot, scratch
-        )
-        plgpu.barrier_wait(scratch["query_full"].at[query_slot])
-        # This warpgroup's blocks are those whose step is wg modulo the warpgroups.
-        skip = lax.rem(wg + segment.step * (plan.warpgroups - 1), plan.warpgroups)
-        turns = lax.div(segment.count - skip + plan.warpgroups - 1, plan.warpgroups)
+        windows = _windows(plan, refs, column, segment.row)
+        block = functools.partial(_block, plan, windows, stream, scratch)
+        plgpu.barrier_wait(scratch["query_full"].at[stream])
 
-        def take_turn(i: Any, state: _State) -> _State:
-            turn = i * plan.warpgroups + skip
-            slot = lax.rem(segment.step + turn, plan.stages)
-            return block(slot, segment.first + turn * plan.T, state)
+        def step(i: Any, state: _State) -> _State:
+            slot = _slot(plan, stream, segment.step + i)
+            return block(slot, segment.first + i * plan.T, i == segment.count - 1, state)
 
-        state = lax.fori_loop(0, turns, take_turn, _initial_state(plan))
-        plgpu.barrier_arrive(scratch["query_free"].at[query_slot])
-        _store_partial(plan, refs, segment.partial + wg, state, scratch)
+        state = lax.fori_loop(0, segment.count, step, _initial_state(plan))
+        _store_partial(plan, refs, stream, segment.partial, state, scratch)
 
-    for_segments(plan, refs.tables, run)
+    for_segments(plan, refs.tables, stream, run)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -222,12 +230,12 @@ def _windows(plan: Plan, refs: _Refs, column: Column, row: Any) -> _Windows:
 
 def _block(
     plan: Plan,
-    refs: _Refs,
     windows: _Windows,
-    query_slot: Any,
+    stream: Any,
     scratch: Mapping[str, Any],
     slot: Any,
     first: Any,
+    last: Any,
     state: _State,
 ) -> _State:
     """One step of the streaming softmax."""
@@ -238,7 +246,7 @@ def _block(
 
     def dots(accumulator_ref: Any) -> jax.Array:
         keys = scratch["key"].at[slot].transpose((1, 0))
-        plgpu.wgmma(accumulator_ref, scratch["query"].at[query_slot], keys)
+        plgpu.wgmma(accumulator_ref, scratch["query"].at[stream], keys)
         product: jax.Array = accumulator_ref[...]
         return product
 
@@ -246,6 +254,10 @@ def _block(
         plan, pl.run_scoped(dots, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, plan.T), jnp.float32))
     )
     plgpu.barrier_arrive(scratch["key_free"].at[slot])
+
+    @pl.when(last)
+    def _() -> None:
+        plgpu.barrier_arrive(scratch["query_free"].at[stream])
 
     def mask(z: jax.Array) -> jax.Array:
         layout = plgpu.Layout.WGMMA
@@ -275,26 +287,30 @@ def _block(
 
 
 def _store_partial(
-    plan: Plan, refs: _Refs, partial: Any, state: _State, scratch: Mapping[str, Any]
+    plan: Plan,
+    refs: _Refs,
+    stream: Any,
+    partial: Any,
+    state: _State,
+    scratch: Mapping[str, Any],
 ) -> None:
     """Copies the rows of a tile that are more than padding to global memory."""
     accumulators, maximum, denominator = state
-    wg = lax.axis_index("wg")
     rows = pl.ds(0, plan.tile_rows)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    scratch["statistics"][wg, 0] = maximum
-    scratch["statistics"][wg, 1] = denominator
+    scratch["statistics"][stream, 0] = maximum
+    scratch["statistics"][stream, 1] = denominator
     for i, accumulator in enumerate(accumulators):
         if i > 0:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        scratch["accumulator"][wg] = accumulator
+        scratch["accumulator"][stream] = accumulator
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
-            scratch["accumulator"].at[wg, rows],
+            scratch["accumulator"].at[stream, rows],
             refs.accumulator.at[partial, :, pl.ds(i * plan.chunk, plan.chunk)],
         )
-    plgpu.copy_smem_to_gmem(scratch["statistics"].at[wg, 0, rows], refs.maximum.at[partial])
-    plgpu.copy_smem_to_gmem(scratch["statistics"].at[wg, 1, rows], refs.denominator.at[partial])
+    plgpu.copy_smem_to_gmem(scratch["statistics"].at[stream, 0, rows], refs.maximum.at[partial])
+    plgpu.copy_smem_to_gmem(scratch["statistics"].at[stream, 1, rows], refs.denominator.at[partial])
 
 
 def _product(p: jax.Array, values_ref: Any) -> jax.Array:
@@ -344,19 +360,20 @@ def scratch(plan: Plan) -> Mapping[str, Any]:
         "bounds_full": plgpu.Barrier(num_arrivals=plan.bounds * plan.lines),
         "blocks_full": plgpu.Barrier(),
     }
-    barrier = functools.partial(plgpu.Barrier, num_barriers=plan.stages)
-    query_barrier = functools.partial(plgpu.Barrier, num_barriers=plan.query_stages)
+    slots = plan.streams * plan.stages
+    barrier = functools.partial(plgpu.Barrier, num_barriers=slots)
+    query_barrier = functools.partial(plgpu.Barrier, num_barriers=plan.streams)
     return {
-        "query": swizzled((plan.query_stages, WGMMA_ROWS, plan.D), plan.dtype),
-        "key": swizzled((plan.stages, plan.T, plan.D), plan.dtype),
-        "value": swizzled((plan.stages, plan.T, plan.Dv), plan.dtype),
-        "accumulator": swizzled((plan.warpgroups, WGMMA_ROWS, plan.chunk), jnp.float32),
-        "statistics": plgpu.SMEM((plan.warpgroups, 2, WGMMA_ROWS), jnp.float32),
+        "query": swizzled((plan.streams, WGMMA_ROWS, plan.D), plan.dtype),
+        "key": swizzled((slots, plan.T, plan.D), plan.dtype),
+        "value": swizzled((slots, plan.T, plan.Dv), plan.dtype),
+        "accumulator": swizzled((plan.streams, WGMMA_ROWS, plan.chunk), jnp.float32),
+        "statistics": plgpu.SMEM((plan.streams, 2, WGMMA_ROWS), jnp.float32),
         **(tables if plan.tables_in_shared_memory else {}),
         "query_full": query_barrier(),
-        "query_free": query_barrier(num_arrivals=plan.warpgroups),
-        "key_full": barrier(),
+        "query_free": query_barrier(),
+        "key_full": barrier(num_arrivals=plan.T // COPIED),
         "key_free": barrier(),
-        "value_full": barrier(),
+        "value_full": barrier(num_arrivals=plan.T // COPIED),
         "value_free": barrier(),
     }

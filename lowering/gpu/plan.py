@@ -14,7 +14,9 @@ WGMMA_ROWS = 64
 # The rows of one tile of swizzled shared memory, and its bytes in a row.
 SWIZZLE_ROWS, SWIZZLE_BYTES = 8, 128
 # Columns of the values that one matrix product takes.
-CHUNK = 128
+_CHUNK = 128
+# Positions that are copied at once: what a block has past the end of its window is not.
+COPIED = 16
 # Of an H100 or H200: the number of CTAs is chosen for them, and right for any.
 _MULTIPROCESSORS = 132
 _SHARED_MEMORY = 227 * 1024
@@ -33,9 +35,8 @@ class Plan:
     Attributes:
       rows: of queries and heads that share a KV head: Q * G.
       T: positions in a block.
-      warpgroups: that compute, taking the blocks of a segment in turn.
-      stages: blocks of keys and of values in flight.
-      query_stages: tiles of queries in flight.
+      streams: of a CTA, each a warpgroup that copies and one that computes, with a part of its own.
+      stages: blocks of keys and of values in flight, of a stream.
       parts: of the line of blocks.
     """
 
@@ -49,9 +50,8 @@ class Plan:
     dtype: Any
     params: RaggedAttentionParams
     T: int
-    warpgroups: int
+    streams: int
     stages: int
-    query_stages: int
     parts: int
 
     @property
@@ -77,9 +77,13 @@ class Plan:
         return self.Hkv * self.row_tiles
 
     @property
+    def ctas(self) -> int:
+        return -(-self.parts * self.columns // self.streams)
+
+    @property
     def partials(self) -> int:
         """At most: a segment starts with a row or with a part."""
-        return self.columns * (self.B + self.parts) * self.warpgroups
+        return self.columns * (self.B + self.parts)
 
     @property
     def accumulator_columns(self) -> int:
@@ -109,7 +113,7 @@ class Plan:
     @property
     def chunk(self) -> int:
         """Columns of the accumulator that one matrix product makes."""
-        return min(self.Dv, CHUNK)
+        return min(self.Dv, _CHUNK)
 
     @property
     def query_step(self) -> int:
@@ -123,29 +127,27 @@ def make_plan(
     B, Q, Hq, D = query.shape
     S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
     T = 64
-    parts = _parts(Hkv * -(-Q * (Hq // Hkv) // WGMMA_ROWS))
+    columns = Hkv * -(-Q * (Hq // Hkv) // WGMMA_ROWS)
     # Registers hold two accumulators of 128 columns; many parts give many partial results.
-    warpgroups = 2 if Dv <= CHUNK and parts <= 32 else 1
+    streams = 2 if Dv <= _CHUNK and 4 < columns else 1
     itemsize = jnp.dtype(query.dtype).itemsize
-    query_stages = 2 if D <= 128 else 1
-    queries = query_stages * WGMMA_ROWS * D * itemsize
-    results = warpgroups * WGMMA_ROWS * min(Dv, CHUNK) * 4
-    left = _SHARED_MEMORY - queries - results - _TABLES_BYTES - 4 * 1024
-    stages = left // (T * (D + Dv) * itemsize) // warpgroups * warpgroups
+    rows = WGMMA_ROWS * (D * itemsize + min(Dv, _CHUNK) * 4)
+    left = (_SHARED_MEMORY - _TABLES_BYTES - 4 * 1024) // streams - rows
+    stages = left // (T * (D + Dv) * itemsize)
     return Plan(
         B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), params,
-        T, warpgroups, min(stages, 8), query_stages, parts,
+        T, streams, min(stages, 4), _parts(columns, streams * _MULTIPROCESSORS),
     )  # fmt: skip
 
 
-def _parts(columns: int) -> int:
-    """How many parts, with a CTA for each column, fill the multiprocessors best."""
+def _parts(columns: int, streams: int) -> int:
+    """How many parts, with a stream for each column, fill all the streams that run at once best."""
 
     def filled(waves: int) -> float:
-        parts = waves * _MULTIPROCESSORS // columns
+        parts = waves * streams // columns
         # Fewer waves are better: each begins and ends with an idle memory.
-        return parts * columns / (waves * _MULTIPROCESSORS) - 0.1 * waves
+        return parts * columns / (waves * streams) - 0.1 * waves
 
-    fewest = -(-columns // _MULTIPROCESSORS)
+    fewest = -(-columns // streams)
     waves = max(range(fewest, fewest + 4), key=filled)
-    return waves * _MULTIPROCESSORS // columns
+    return waves * streams // columns

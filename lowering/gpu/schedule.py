@@ -143,11 +143,11 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One CTA's part of one tile.
+    """What one part has of one tile.
 
     Attributes:
-      index: among the CTA's segments.
-      step: the CTA's blocks before it.
+      index: among the part's segments.
+      step: the part's blocks before it.
       row: of the cache.
       first: the first position.
       count: of blocks.
@@ -162,14 +162,18 @@ class Segment:
     partial: Any
 
 
-def for_segments(plan: Plan, tables: Tables, body: Callable[[Column, Segment], None]) -> None:
-    """Calls body for the segments of this CTA, in order."""
-    cta = lax.axis_index("cta")
-    part = lax.div(cta, plan.columns)
-    column = Column.of(plan, lax.rem(cta, plan.columns))
+def for_segments(
+    plan: Plan, tables: Tables, stream: Any, body: Callable[[Column, Segment], None]
+) -> None:
+    """Calls body for the segments of a stream of this CTA, in order."""
+    # The first parts, which may be longer, are of different CTAs.
+    number = stream * plan.ctas + lax.axis_index("cta")
+    part = lax.div(number, plan.columns)
+    column = Column.of(plan, lax.rem(number, plan.columns))
     share, longer = share_of_parts(plan, tables, column.line)
     begin = part * share + jnp.minimum(part, longer)
-    end = begin + share + jnp.where(part < longer, 1, 0)
+    blocks_of_part = jnp.where(part < plan.parts, share + jnp.where(part < longer, 1, 0), 0)
+    end = begin + blocks_of_part
 
     def run(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         index, position, row = carry
@@ -186,7 +190,7 @@ def for_segments(plan: Plan, tables: Tables, body: Callable[[Column, Segment], N
             row=row,
             first=_first_block(low) + block * plan.T,
             count=jnp.minimum(blocks - block, end - position),
-            partial=first_partial(plan, column, row, part),
+            partial=place_of_partial(plan, column, row, part),
         )
         body(column, segment)
         return index + 1, position + segment.count, row
@@ -195,9 +199,9 @@ def for_segments(plan: Plan, tables: Tables, body: Callable[[Column, Segment], N
     lax.while_loop(lambda carry: carry[1] < end, run, (jnp.int32(0), begin, row))
 
 
-def first_partial(plan: Plan, column: Column, row: Any, part: Any) -> Any:
-    """The first warpgroup's place for the partial results of a row and a part.
+def place_of_partial(plan: Plan, column: Column, row: Any, part: Any) -> Any:
+    """Where the partial results of a row and a part stand.
 
     Along the line, the row or the part or both grow, so that row + part is another every time.
     """
-    return (column.number * (plan.B + plan.parts) + row + part) * plan.warpgroups
+    return column.number * (plan.B + plan.parts) + row + part
