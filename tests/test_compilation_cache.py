@@ -1,6 +1,11 @@
-"""No second trace, lowering or compilation: eager, jitted, and several times in one program."""
+"""No second trace, lowering or compilation: eager, jitted, in one program, in another process."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -56,3 +61,44 @@ def test_calls_of_one_program_share_a_function() -> None:
     text = jax.jit(run).lower(OPERANDS.query).as_text()
     assert text.count("func.func private @ragged_attention") == 1
     assert text.count("call @ragged_attention") == 3
+
+
+_PROGRAM = """
+import json
+import sys
+
+import jax
+import numpy as np
+from jax import monitoring
+from jax_ragged import ragged_attention
+
+events = []
+monitoring.register_event_listener(lambda event, **_: events.append(event))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+x = np.ones((2, 64, 2, 8), np.float32)
+
+
+@jax.jit
+def gradients(query, cache, lengths):
+    out = lambda q, kv: ragged_attention(q, kv, kv, lengths, block_size=16).out.sum()
+    return jax.grad(out, (0, 1))(query, cache)
+
+
+gradients(x[:, 0], x, np.array([64, 3], np.int32))
+names = ("/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses")
+json.dump([events.count(name) for name in names], sys.stdout)
+"""
+
+
+def test_another_process_compiles_nothing(tmp_path: Path) -> None:
+    """What a program's key in the persistent cache is made of is the same in every process."""
+
+    def hits_and_misses() -> Any:
+        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", _PROGRAM]
+        return json.loads(subprocess.check_output(command, env=env, text=True))
+
+    hits, misses = hits_and_misses()
+    assert hits == 0
+    assert misses > 0
+    assert hits_and_misses() == [misses, 0]
