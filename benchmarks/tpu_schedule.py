@@ -1,4 +1,4 @@
-"""The forward TPU kernels by the schedules of the real compiler, without a TPU.
+"""The TPU kernels by the schedules of the real compiler, without a TPU.
 
     python -m benchmarks.tpu_schedule [--generations=v5e,7x] [--save]
 
@@ -12,6 +12,10 @@ published peak rates; no cycle is lost to memory banks, to the issue of DMAs or 
 a step; DMA reaches the published bandwidth. The fraction of bandwidth is then
 min(1, DMA cycles / bundles) for long windows. The first and the last block of a window run the
 masked code, whose bundles are not in the figure.
+
+The derivatives are those of the output: tangents for tangents of query, keys and values, whose
+steps read the tangents of the cache too; cotangents of the query alone; and those of all three,
+whose steps write what they read.
 """
 
 import dataclasses
@@ -37,6 +41,8 @@ from jax.sharding import (
 from jax_ragged import ragged_attention
 from jax_ragged.lowering import tpu
 from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.tpu import backward, block_size
+from jax_ragged.lowering.tpu.call import Call
 from jax_ragged.lowering.tpu.chips import MIB, chip_of
 
 DUMP = tempfile.TemporaryDirectory(prefix="tpu_schedule_")
@@ -166,9 +172,9 @@ class Schedule:
     def steady_step(self) -> int:
         """The bundles of a grid step in the middle of a row.
 
-        The loop over the grid, without what such a step skips: the reset of a new row ahead of
-        the unmasked block, the masked block with its loop over chunks, and the division at the
-        end of a row.
+        The loop over the grid, without what such a step skips: the masked block with its loop
+        over chunks; and what only stores, beside the unmasked block: the reset of a new row, the
+        zeros of a block outside of the windows, the results at the end of a row.
         """
         grid = [i for i, depth in enumerate(self.depth) if depth >= 1]
         inside = [r for r in self.regions if grid[0] < r.begin and r.end < grid[-1]]
@@ -176,13 +182,14 @@ class Schedule:
         flat = [r for r in inside if r not in looping]
         unmasked = max(flat, key=lambda r: r.size)
         masked = max((r for r in looping if r.begin > unmasked.end), key=lambda r: r.size)
-        reset = [r.size for r in flat if r.end < unmasked.begin and self._stores_only(r)]
-        divides = [
-            r.size
-            for r in flat
-            if r.begin > masked.end - 1 and self._has(r, lambda i: "vrcp" in self.text[i])
-        ]
-        return len(grid) - masked.size - max(reset, default=0) - min(divides, default=0)
+        skipped = masked.size
+        end = -1
+        for r in sorted(flat, key=lambda r: (r.begin, -r.end)):
+            nested = r.begin <= end or masked.begin <= r.begin <= masked.end
+            if r != unmasked and not nested and self._stores_only(r):
+                skipped += r.size
+                end = r.end
+        return len(grid) - skipped
 
     def _stores_only(self, region: _Region) -> bool:
         stores = self._has(region, lambda i: " vst" in self.text[i])
@@ -250,7 +257,70 @@ def ours(generation: str, case: Case) -> Row:
         program.memory_analysis().temp_size_in_bytes,
         _copies(program, B * S * case.Hkv * case.D // 2),
         mib,
-        Schedule(_kernel_text("ragged_attention_")).steady_step(),
+        Schedule(_kernel_text("ragged_attention_[gm]")).steady_step(),
+        mib * chip.dma_cycles,
+    )
+
+
+def _jvp(operands: Any, windows: Any, moving: Any) -> Any:
+    def out(*operands: jax.Array) -> jax.Array:
+        return ragged_attention(*operands, *windows, implementation="kernel").out
+
+    return jax.jvp(out, operands, moving)[1]
+
+
+def _vjp(operands: Any, windows: Any, moving: Any) -> Any:
+    def out(*operands: jax.Array) -> jax.Array:
+        return ragged_attention(*operands, *windows, implementation="kernel").out
+
+    return jax.vjp(out, *operands)[1](moving[0])
+
+
+def _vjp_of_query(operands: Any, windows: Any, moving: Any) -> Any:
+    query, *cache = operands
+
+    def out(query: jax.Array) -> jax.Array:
+        return ragged_attention(query, *cache, *windows, implementation="kernel").out
+
+    return jax.vjp(out, query)[1](moving[0])
+
+
+ALL = (True, True, True)
+DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[..., backward.Traffic]]] = {
+    "jvp": (_jvp, lambda sizes: backward.jvp_traffic(sizes, ALL)),
+    "vjp of query": (
+        _vjp_of_query,
+        lambda sizes: backward.vjp_traffic(sizes, (True, False, False)),
+    ),
+    "vjp": (_vjp, lambda sizes: backward.vjp_traffic(sizes, ALL)),
+}
+
+
+def derivative(generation: str, case: Case, name: str) -> Row:
+    """The kernel of a derivative with its default block size; its DMA reads and writes."""
+    query, cache = (B, case.Q, case.Hq, case.D), (B, S, case.Hkv, case.D)
+    window = ((B, case.Q), jnp.int32)
+    function, traffic_of = DERIVATIVES[name]
+
+    def call(*operands: jax.Array) -> Any:
+        return function(operands[:3], operands[3:5], operands[5:])
+
+    arrays = [(query, DTYPE), (cache, DTYPE), (cache, DTYPE)]
+    device, program = _compile(generation, call, *arrays, window, window, *arrays)
+    chip = chip_of(device.device_kind)
+    q, k = (jax.ShapeDtypeStruct(shape, DTYPE) for shape in (query, cache))
+    traffic = traffic_of(Call(q, k, k))
+    blocks = block_size.choose(traffic, chip, None)
+    assert not isinstance(blocks, str)
+    mib = traffic.cache_bytes(blocks.T) / MIB
+    return Row(
+        generation,
+        name,
+        str(case),
+        program.memory_analysis().temp_size_in_bytes,
+        _copies(program, B * S * case.Hkv * case.D // 2),
+        mib,
+        Schedule(_kernel_text(f"ragged_attention_{name[:3]}")).steady_step(),
         mib * chip.dma_cycles,
     )
 
@@ -383,6 +453,10 @@ def main(argv: list[str]) -> None:
         for case in CASES:
             rows.append(ours(generation, case))
             print("\t".join(rows[-1].cells()), flush=True)
+        for name in DERIVATIVES:
+            for case in CASES:
+                rows.append(derivative(generation, case, name))
+                print("\t".join(rows[-1].cells()), flush=True)
         for peer in (paged_attention, ragged_paged_attention) if _PEERS.value else ():
             for case in CASES[:2]:
                 try:

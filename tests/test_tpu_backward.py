@@ -1,12 +1,14 @@
 """The TPU kernels of the derivatives: interpreted against the oracle, compiled by libtpu."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # no public reader of races
 from jax.experimental.pallas import tpu as pltpu
 
 import oracle
@@ -14,37 +16,51 @@ from cases import Case, assert_close, ids, poison
 from derivatives import ALL, op, pullback, pushforward
 from jax_ragged.lowering.dispatch import Implementation
 from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.tpu.block_size import Blocks
+from jax_ragged.lowering.tpu.call import MAX_ROWS
+from jax_ragged.lowering.tpu.forward_kernel import Plan
+from jax_ragged.lowering.tpu.layout import CacheLayout
+from jax_ragged.lowering.tpu.walk import Walk
+from jax_ragged.lowering.tpu.work_list import WorkList
+from tpu_programs import TOPOLOGIES, cache_sized, compile_call
 
 # One for each order in which XLA keeps a cache, and for what a block can hold of a window.
 CASES = (
-    Case("tokens", (70, 33, 0), (0, 31, 0), Hq=4, Hkv=2, S=70, D=128, Dv=128, block_size=32),
-    Case("tokens_flat", (70, 33), (3, 0), Hq=8, Hkv=8, S=70, D=128, Dv=128, block_size=32),
-    Case("tokens_wide", (40, 33), (3, 0), Hq=4, Hkv=2, S=40, D=256, Dv=256, block_size=32),
-    Case("one_head", (150, 129), (3, 127), Hq=4, Hkv=1, S=150, D=128, Dv=64, block_size=128),
-    Case("sequence", (200, 127), (130, 5), Hq=4, Hkv=2, S=200, D=64, Dv=64, block_size=128),
-    Case("mixed", (200, 127), (130, 5), Hq=4, Hkv=2, S=200, D=128, Dv=64, block_size=128),
+    Case("tokens", (150, 65, 0), (0, 63, 0), S=150, D=128, Dv=128, block_size=64),
+    Case("tokens_flat", (70, 33), (3, 0), Hq=8, Hkv=8, S=150, D=128, Dv=128, block_size=32),
+    Case("tokens_wide", (70, 33), (3, 0), S=150, D=256, Dv=256, block_size=32),
+    Case("one_head", (150, 129), (3, 127), Hkv=1, S=150, D=128, Dv=64, block_size=128),
+    Case("sequence", (200, 127), (130, 5), S=200, D=64, Dv=64, block_size=128),
+    Case("mixed", (200, 127), (130, 5), S=200, D=64, Dv=128, block_size=128),
+    Case("mixed_tiles", (200, 127), (130, 5), S=200, D=256, Dv=128, block_size=128),
     Case(
         "queries",
-        ((70, 33, 9), (5, 64, 2**30)),
-        ((40, 32, -3), (3, 60, 66)),
+        ((140, 65, 9), (5, 64, 2**30)),
+        ((80, 64, -3), (3, 60, 66)),
         Q=3,
-        Hq=4,
-        Hkv=2,
-        S=70,
+        S=150,
         D=128,
         Dv=128,
-        block_size=32,
+        block_size=64,
+    ),
+    Case(
+        "queries_sequence",
+        ((200, 65, 9), (5, 64, 0)),
+        ((80, 64, -3), (3, 60, 66)),
+        Q=3,
+        S=200,
+        D=64,
+        Dv=64,
+        block_size=128,
     ),
     Case(
         "soft_cap",
-        (70, 33),
-        (0, 31),
-        Hq=4,
-        Hkv=2,
-        S=70,
+        (150, 65),
+        (0, 63),
+        S=150,
         D=128,
         Dv=128,
-        block_size=32,
+        block_size=64,
         softmax_scale=0.3,
         logits_soft_cap=2.0,
     ),
@@ -54,14 +70,18 @@ CASES = (
 TOLERANCE = 4e-6
 
 
-def _hostile(dma_execution_mode: Any = "on_wait") -> Any:
-    return pltpu.force_tpu_interpret_mode(
-        pltpu.InterpretParams(
-            detect_races=True,
-            uninitialized_memory="nan",
-            dma_execution_mode=dma_execution_mode,
-        )
+@contextlib.contextmanager
+def _hostile(dma_execution_mode: Any = "on_wait") -> Iterator[None]:
+    params = pltpu.InterpretParams(
+        detect_races=True,
+        uninitialized_memory="nan",
+        dma_execution_mode=dma_execution_mode,
     )
+    with pltpu.force_tpu_interpret_mode(params):
+        yield
+    races = interpret_pallas_call.races
+    assert races is not None
+    assert not races.races_found
 
 
 @pytest.fixture
@@ -83,6 +103,10 @@ def _folded_shapes(case: Case) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_vjp(case: Case, interpreted: None) -> None:
+    _assert_vjp(case)
+
+
+def _assert_vjp(case: Case) -> None:
     """Through all three results, with NaN outside of the windows."""
     _assert_kernel_runs(case, "vjp")
     operands, bars = case.operands(), case.cotangents()
@@ -105,6 +129,10 @@ def test_bits_do_not_depend_on_when_copies_happen(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_jvp(case: Case, interpreted: None) -> None:
+    _assert_jvp(case)
+
+
+def _assert_jvp(case: Case) -> None:
     _assert_kernel_runs(case, "jvp")
     operands = case.operands()
     tangents = case.operands(seed=7)[:3]
@@ -142,7 +170,80 @@ def test_bfloat16(interpreted: None) -> None:
         assert_close(x, y, 4 * 2.0**-8, scale=1 + float(np.abs(y).max()))
 
 
-# Sizes Hq, Hkv, D, Dv of what is compiled for a TPU.
+def test_many_queries_in_tiles(interpreted: None) -> None:
+    """More rows of queries than one step takes: the cotangents of a block are sums over tiles."""
+    Q, S = 40, 150
+    ends = tuple(min(4 * q + 1, S) for q in range(Q))
+    case = Case("tiles_of_queries", (ends, ends[::-1]), (0, 70), Q=Q, Hq=16, Hkv=2, S=S)
+    assert case.Hq * Q > MAX_ROWS
+    _assert_vjp(case)
+    _assert_jvp(case)
+
+
+def _walk(rows: int, tiles: int, blocks: int, cores: int, *, every: bool) -> Walk:
+    T = 128
+    layout = CacheLayout.of(blocks * T, 8, 128, jnp.bfloat16)
+    plan = Plan(
+        key=layout,
+        value=layout,
+        blocks=Blocks(T, T, 0),
+        rows=8,
+        head_rows=1,
+        queries=1,
+        tiles=tiles,
+        cores=cores,
+        params=RaggedAttentionParams(),
+    )
+    return Walk(plan, rows * tiles, blocks, every)
+
+
+@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize(("rows", "tiles", "blocks"), [(1, 1, 1), (3, 1, 1), (3, 2, 3), (2, 1, 4)])
+def test_walk(rows: int, tiles: int, blocks: int, cores: int, every: bool) -> None:
+    """Each block has one step, or each that a window touches; the cores have equal shares.
+
+    Nothing is read but blocks in windows, and one for a row whose windows are empty.
+    """
+    walk = _walk(rows, tiles, blocks, cores, every=every)
+    V, T = walk.V, walk.plan.blocks.T
+    starts = np.resize([0, T + 1, 5], (V, 1)).astype(np.int32)
+    ends = np.resize([T * blocks, 2 * T - 3, 5], (V, 1)).astype(np.int32)
+    ends = np.minimum(ends, T * blocks)
+    work = WorkList.of(jnp.asarray(starts), jnp.asarray(ends), T, blocks, cores)
+    inside = {
+        (row, block)
+        for row in range(V)
+        for block in range(blocks)
+        if starts[row, 0] < ends[row, 0]
+        and starts[row, 0] < (block + 1) * T
+        and ends[row, 0] > block * T
+    }
+    steps = [
+        (core, *(int(x) for x in walk.place(jnp.int32(core), jnp.int32(step), work)))
+        for core in range(walk.cores)
+        for step in range(int(walk.steps(work)))
+    ]
+    taken = [(core, row, block) for core, row, block, valid in steps if valid]
+    places = [(row, block) for _, row, block in taken]
+    assert len(places) == len(set(places))
+    everything = {(row, block) for row in range(V) for block in range(blocks)}
+    assert set(places) == (everything if every else inside)
+    shares = [sum(core == c for core, _, _ in taken) for c in range(walk.cores)]
+    assert max(shares) - min(shares) <= tiles
+    visited = np.zeros((walk.cores, V), bool)
+    for core, row, _ in taken:
+        visited[core, row] = True
+    np.testing.assert_array_equal(walk.visited(work), visited)
+    for core in range(walk.cores):
+        for step in range(int(walk.steps(work))):
+            cache_row, block = (int(x) for x in walk.read(jnp.int32(core), jnp.int32(step), work))
+            row = int(walk.place(jnp.int32(core), jnp.int32(step), work)[0])
+            assert cache_row == row // tiles
+            assert (row, block) in inside or starts[row, 0] >= ends[row, 0]
+
+
+# Hq, Hkv, D, Dv of what is compiled for a TPU.
 SIZES = (
     (32, 8, 128, 128),
     (64, 8, 64, 64),
@@ -150,63 +251,51 @@ SIZES = (
     (16, 2, 256, 256),
     (8, 1, 128, 128),
     (8, 4, 80, 80),
+    (32, 8, 128, 64),
 )
-TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 
-def _compiled(topology: str, sizes: tuple[int, ...], dtype: Any, function: Any) -> Any:
-    from jax.experimental import topologies
+def _vjp(call: Any) -> Any:
+    def gradients(query: Any, key: Any, value: Any, *windows: Any) -> Any:
+        return jax.grad(lambda *x: call(*x, *windows).out.sum(), ALL)(query, key, value)
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    sharding = jax.sharding.SingleDeviceSharding(devices[0])
-    Hq, Hkv, D, Dv = sizes
-    shapes = ((2, Hq, D), (2, 2048, Hkv, D), (2, 2048, Hkv, Dv))
-    arrays = [jax.ShapeDtypeStruct(s, dtype, sharding=sharding) for s in shapes]
-    lengths = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=sharding)
-    return jax.jit(function).lower(*arrays, lengths).compile()
+    return gradients
 
 
-def _gradients(query: Any, key: Any, value: Any, lengths: Any) -> Any:
-    from jax_ragged import ragged_attention
-
-    def loss(query: Any, key: Any, value: Any) -> Any:
-        return ragged_attention(query, key, value, lengths, implementation="kernel").out.sum()
-
-    return jax.grad(loss, ALL)(query, key, value)
+def _vjp_of_query(call: Any) -> Any:
+    return jax.grad(lambda *operands: call(*operands).out.sum())
 
 
-def _gradient_of_query(query: Any, key: Any, value: Any, lengths: Any) -> Any:
-    from jax_ragged import ragged_attention
+def _jvp(call: Any) -> Any:
+    def tangents(query: Any, key: Any, value: Any, *windows: Any) -> Any:
+        operands = query, key, value
+        return jax.jvp(lambda *x: call(*x, *windows), operands, operands)[1]
 
-    def loss(query: Any) -> Any:
-        return ragged_attention(query, key, value, lengths, implementation="kernel").out.sum()
-
-    return jax.grad(loss)(query)
-
-
-def _cache_copies(text: str) -> list[str]:
-    moves = (" copy(", " transpose(", " convert(", " broadcast(")
-    return [line for line in text.splitlines() if "2048" in line and any(m in line for m in moves)]
+    return tangents
 
 
 @pytest.mark.parametrize(
-    ("topology", "sizes"),
-    [("v5e:2x2", s) for s in SIZES] + [(t, SIZES[0]) for t in TOPOLOGIES if t != "v5e:2x2"],
-    ids=str,
+    ("generation", "sizes", "derivative"),
+    [("v5e", sizes, _vjp) for sizes in SIZES]
+    + [("v5e", SIZES[0], d) for d in (_jvp, _vjp_of_query)]
+    + [(g, SIZES[0], d) for g in TOPOLOGIES if g != "v5e" for d in (_jvp, _vjp)],
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
-def test_compiles_without_copies(topology: str, sizes: tuple[int, ...]) -> None:
+def test_compiles_without_copies(
+    generation: str, sizes: tuple[int, ...], derivative: Callable[[Any], Any]
+) -> None:
     """The cotangents of the cache are its size; nothing else is."""
-    compiled = _compiled(topology, sizes, jnp.bfloat16, _gradients)
-    Hq, _, D, Dv = sizes
-    rows = 2 * Hq * (D + Dv) * 4
-    assert compiled.memory_analysis().temp_size_in_bytes <= 8 * rows + 2**18
-    assert "ragged_attention_vjp" in compiled.as_text()
-    assert _cache_copies(compiled.as_text()) == []
-
-
-def test_gradient_of_the_query_writes_nothing_of_the_cache() -> None:
-    compiled = _compiled("v5e:2x2", SIZES[0], jnp.bfloat16, _gradient_of_query)
-    memory = compiled.memory_analysis()
-    query_bytes = 2 * 32 * 128 * 2
-    assert memory.output_size_in_bytes <= 2 * query_bytes
-    assert memory.temp_size_in_bytes <= 2**20
+    Hq, Hkv, D, Dv = sizes
+    B, S = 4, 2048
+    program = compile_call(generation, Hq=Hq, Hkv=Hkv, D=D, Dv=Dv, B=B, S=S, transform=derivative)
+    assert f"ragged_attention_{derivative.__name__[1:4]}" in program.as_text()
+    assert cache_sized(program, B * S * Hkv * min(D, Dv) // 2) == []
+    # Rows of queries and partial results of two cores in float32, padded to 128 lanes, and
+    # statistics by lane.
+    lanes = sum(-(-n // 128) * 128 for n in (D, Dv))
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes <= 6 * B * max(Hq, 8 * Hkv) * 4 * lanes + 2**18
+    caches = B * S * Hkv * (D + Dv) * 2
+    written = memory.output_size_in_bytes
+    assert (written >= caches) == (derivative is _vjp)
+    assert written <= caches * (derivative is _vjp) + B * Hq * (lanes + 256) * 4

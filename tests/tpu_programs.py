@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,9 +42,10 @@ def compile_call(
     B: int = 4,
     S: int = 2048,
     Q: int = 1,
+    transform: Callable[[Any], Any] = lambda call: call,
     **params: Any,
 ) -> Any:
-    """The compiled program of one call of the kernel on one device."""
+    """The compiled program of one call of the kernel on one device, or of its derivative."""
     sharding = SingleDeviceSharding(device(generation))
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -54,7 +56,7 @@ def compile_call(
 
     Dv = D if Dv is None else Dv
     return (
-        jax.jit(call)
+        jax.jit(transform(call))
         .lower(
             array((B, Q, Hq, D), dtype),
             array((B, S, Hkv, D), dtype),
