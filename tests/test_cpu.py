@@ -88,7 +88,7 @@ def test_memory_does_not_grow_with_the_cache(program: str, dtype: str) -> None:
     function = PROGRAMS[program]
     short, long = (temporary_bytes(function, *_operands(S, dtype)) for S in (1024, 4096))
     allowed = 4096
-    if (program, dtype) == ("grad", "bfloat16"):
+    if (program, dtype) == ("grad", "bfloat16") and jax.__version_info__ < (0, 12):
         # The bits of a cotangent, written before they become bfloat16: XLA keeps those of one
         # operand in a buffer of its own.
         allowed += sum(x.nbytes for x in _operands(4096 - 1024, dtype)[1:2])
@@ -110,6 +110,24 @@ def test_no_copy_of_the_cache(dtype: str, Hkv: int) -> None:
     ]
     assert sizes
     assert max(sizes) < operands[1].size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gradients_of_the_cache_are_not_copied(dtype: str, layers: int) -> None:
+    # Each starts as zeros of its own, not as a copy of zeros that another also needs.
+    def loss(q: Any, k: Any, v: Any, lengths: Any) -> Any:
+        for layer in range(layers):
+            q = ragged_attention(q, k[layer], v[layer], lengths).out
+        return q.astype(jnp.float32).sum()
+
+    q, k, v, lengths = _operands(4096, dtype)
+    grad = jax.jit(jax.grad(loss, (1, 2)))
+    hlo = grad.lower(q, [k] * layers, [v] * layers, lengths).compile().as_text()
+    assert hlo is not None
+    dims = ",".join(map(str, k.shape))
+    assert re.search(rf"= \w+\[{dims}\]\S* fusion\(", hlo)
+    assert not re.search(rf"= \w+\[{dims}\]\S* copy\(", hlo)
 
 
 def test_gradient_of_query_writes_no_cache() -> None:

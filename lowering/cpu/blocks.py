@@ -24,6 +24,10 @@ _RowState = TypeVar("_RowState")
 _BLOCK_ELEMENTS = 1 << 18
 # Up to so many heads, a copy of a block written head by head is faster than a transpose.
 _HEADS_CONCATENATED = 8
+# Up to so many rows that share a key head, sums of products are faster than a dot of short rows.
+_ROWS_UNROLLED = 16
+# XLA before jax 0.12 updates an array of bfloat16 by widening all of it, at every block.
+_UPDATES_BFLOAT16 = jax.__version_info__ >= (0, 12)
 
 
 def block_size(S: int, row_elements: int, asked: int | None) -> int:
@@ -85,11 +89,14 @@ class Windows(NamedTuple):
         block: Callable[[Block, _RowState], _RowState],
         end_row: Callable[[jax.Array, _State, _RowState], _State],
     ) -> _State:
-        """Runs through the rows and the blocks of each; G query heads share a key head."""
+        """Runs through the rows and the blocks of each, the last first.
+
+        G query heads share a key head.
+        """
 
         def row(b: jax.Array, state: _State) -> _State:
             def step(j: jax.Array, row_state: _RowState) -> _RowState:
-                return block(self._block(b, j, G), row_state)
+                return block(self._block(b, count - 1 - j, G), row_state)
 
             count = self.blocks[b]
             row_state = lax.fori_loop(jnp.zeros_like(count), count, step, begin_row(b, state))
@@ -141,12 +148,16 @@ def _slice(x: jax.Array, block: Block, h: int, heads: int, T: int) -> jax.Array:
     return lax.dynamic_slice(x, at, sizes)[0].astype(statistics_dtype(x.dtype))
 
 
-def zero_cache(like: jax.Array) -> jax.Array:
-    """Zeros to put blocks in; bits for bfloat16.
+def zero_cache(like: jax.Array, tie: jax.Array) -> jax.Array:
+    """Zeros to put blocks in; bits of bfloat16 where XLA cannot update it.
 
-    XLA before jax 0.12 updates bfloat16 by widening all of it, at every block.
+    XLA would make a constant once, and copy it on one core for each use but one. So the zero is
+    computed from `tie`, in a way that XLA does not see through.
     """
-    return jnp.zeros(like.shape, jnp.uint16 if like.dtype == jnp.bfloat16 else like.dtype)
+    bits = like.dtype == jnp.bfloat16 and not _UPDATES_BFLOAT16
+    dtype = jnp.uint16 if bits else like.dtype
+    zero = (jnp.abs(tie[(0,) * tie.ndim]) < -1).astype(dtype)
+    return jnp.broadcast_to(zero, like.shape)
 
 
 def written_cache(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -154,16 +165,16 @@ def written_cache(x: jax.Array, like: jax.Array) -> jax.Array:
     return x if x.dtype == like.dtype else lax.bitcast_convert_type(x, like.dtype)
 
 
-def put_block(x: jax.Array, block: Block, by_head: jax.Array) -> jax.Array:
-    """Writes [Hkv, T, D] where the block of x [B, S, Hkv, D], a zero_cache, is used."""
+def put_block(x: jax.Array, block: Block, new: jax.Array) -> jax.Array:
+    """Writes [T, Hkv, D] over a block of x [B, S, Hkv, D], a zero_cache; 0 where not used.
+
+    What a row's last block writes over the one before it, that one overwrites: it comes later.
+    """
     at = tuple(map(jnp.int32, (block.row, block.start, 0, 0)))
+    new = jnp.where(block.used[:, None, None], new, 0)
     if x.dtype == jnp.uint16:
-        by_head = lax.bitcast_convert_type(by_head.astype(jnp.bfloat16), jnp.uint16)
-    new = by_head.astype(x.dtype).transpose(1, 0, 2)
-    # Behind the barrier the old block is read once, before it is written: x need not be copied.
-    old = lax.optimization_barrier(lax.dynamic_slice(x, at, (1, *new.shape))[0])
-    new = jnp.where(block.used[:, None, None], new, old)
-    return lax.dynamic_update_slice(x, new[None], at)
+        new = lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
+    return lax.dynamic_update_slice(x, new.astype(x.dtype)[None], at)
 
 
 def varying_like(like: jax.Array, x: jax.Array) -> jax.Array:
@@ -202,11 +213,17 @@ def _dot(contract: tuple[int, int], x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
 
 
-# For each head: rows with positions, [R, D] x [T, D] to [R, T]; [R, T] x [T, D] to [R, D];
-# [R, T] x [R, D] to [T, D].
+# For each head: rows with positions, [R, D] x [T, D] to [R, T]; [R, T] x [T, D] to [R, D].
 along_features = functools.partial(_dot, (2, 2))
 along_positions = functools.partial(_dot, (2, 1))
-along_rows = functools.partial(_dot, (1, 1))
+
+
+def along_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[Hkv, R, T] x [Hkv, R, D] to [T, Hkv, D], as the cache has it."""
+    R = x.shape[1]
+    if R > _ROWS_UNROLLED:
+        return _dot((1, 1), x, y).transpose(1, 0, 2)
+    return functools.reduce(jnp.add, (x[:, r].T[..., None] * y[:, r] for r in range(R)))
 
 
 def soft_cap(s: jax.Array, params: RaggedAttentionParams) -> jax.Array:

@@ -39,7 +39,10 @@ _Rows = dict[str, jax.Array]
 
 
 class _Maximum(NamedTuple):
-    """The largest logit and its first position so far: [Hkv, R], or [B, Hkv, R]."""
+    """The largest logit so far and the first position that has it: [Hkv, R], or [B, Hkv, R].
+
+    Blocks come last first.
+    """
 
     z: jax.Array
     t: jax.Array
@@ -54,7 +57,7 @@ class _Maximum(NamedTuple):
         highest = z.max(axis=2)
         last = jnp.iinfo(jnp.int32).max
         t = jnp.where(z == highest[..., None], at.position, last).min(axis=2)
-        newer = highest > self.z
+        newer = highest >= self.z
         return _Maximum(jnp.where(newer, highest, self.z), jnp.where(newer, t, self.t))
 
     def gather(self, x: jax.Array) -> jax.Array:
@@ -283,8 +286,8 @@ def _run_vjp(
 
     q_bar, maximum = begin(B, Hkv)
     k_bar, v_bar = (
-        varying_like(q, zero_cache(x)) if asked else None
-        for x, asked in zip((key, value), wrt[1:], strict=True)
+        varying_like(q, zero_cache(x, tie)) if asked else None
+        for x, tie, asked in zip((key, value), (q, rows["m"]), wrt[1:], strict=True)
     )
     initial = _Gradients(q_bar, k_bar, v_bar, maximum)
     grads = windows.fold(initial, R // Q, begin_row, block, end_row)
