@@ -29,7 +29,6 @@ _TPU = (
     "queries",
     "value_head_dim",
     "no_positions",
-    "block_odd",
     "soft_cap_scale",
     "mask_value",
     "bfloat16_queries",

@@ -1,5 +1,7 @@
 """Pallas kernels for TPU: `forward_kernel` says how they compute, `layout` what they read."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,16 +10,15 @@ import jax.numpy as jnp
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import Arrays3, Optional3, Residuals
 from jax_ragged.lowering.tpu import backward, block_size, forward_kernel as kernel, work_list
-from jax_ragged.lowering.tpu.block_size import Blocks, Problem
+from jax_ragged.lowering.tpu.block_size import VMEM_MOST, Blocks
+from jax_ragged.lowering.tpu.call import Call
 from jax_ragged.lowering.tpu.chips import Chip, chip_of
-from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheLayout, round_up
+from jax_ragged.lowering.tpu.layout import LANES, round_up
 
 # The dispatcher passes device_kind to the operations too.
 BY_DEVICE_KIND = True
 
 MAX_HEAD_DIM = 512
-# Rows of (head, query) in one step; more queries are cut in tiles, each of which reads the cache.
-MAX_ROWS = 512
 
 
 def unsupported(
@@ -31,7 +32,8 @@ def unsupported(
     """Why a call is left to the reference, or None.
 
     Raises:
-      NotImplementedError: for a chip or a head dimension that no kernel takes.
+      NotImplementedError: for a chip or a head dimension that no kernel takes, and for a block
+        size that alone stands in the way.
     """
     sizes = (*query.shape, *key.shape, *value.shape)
     if not all(isinstance(n, int) for n in sizes):
@@ -50,98 +52,71 @@ def unsupported(
         )
     if 0 in sizes:
         return "there is nothing to compute"
-    chosen = (
-        _Call(query, key, value).blocks(chip, params)
-        if operation == "forward"
-        else backward.choose(query, key, value, params, chip)
-    )
-    return chosen if isinstance(chosen, str) else None
+
+    def refused(block_size: int | None) -> str | None:
+        asked = dataclasses.replace(params, block_size=block_size)
+        chosen = (
+            _choose(query, key, value, chip, asked)
+            if operation == "forward"
+            else backward.choose(query, key, value, asked, chip)
+        )
+        return chosen if isinstance(chosen, str) else None
+
+    reason = refused(params.block_size)
+    if reason is not None and params.block_size is not None and refused(None) is None:
+        nearest = _nearest(params.block_size, key.shape[1], lambda n: refused(n) is None)
+        raise NotImplementedError(
+            f"ragged_attention: {reason} on a TPU. Pass block_size="
+            f"{' or '.join(map(str, nearest))}, None to let the lowering choose, or "
+            "implementation='reference'."
+        )
+    return reason
+
+
+def _nearest(size: int, S: int, works: Callable[[int], bool]) -> list[int]:
+    """The next smaller and the next larger block size that work, of multiples of powers of two."""
+    multiples = [2**i for i in range(LANES.bit_length())]
+    while multiples[-1] < S:
+        multiples.append(2 * multiples[-1])
+    sizes = sorted({n for m in multiples for n in (size // m * m, round_up(size, m))} - {0})
+    working = [n for n in sizes if works(n)]
+    below = [n for n in working if n < size][-1:]
+    return below + [n for n in working if n > size][:1]
 
 
 def step_bytes(
     query: Any, key: Any, value: Any, params: RaggedAttentionParams, device_kind: str | None
 ) -> int:
     """Bytes of the cache that one grid step of the forward kernel reads, for benchmarks."""
-    call = _Call(query, key, value)
-    blocks = call.blocks(chip_of(device_kind), params)
-    if isinstance(blocks, str):
-        raise NotImplementedError(f"ragged_attention: {blocks}.")
+    chosen = _choose(query, key, value, chip_of(device_kind), params)
+    if isinstance(chosen, str):
+        raise NotImplementedError(f"ragged_attention: {chosen}.")
+    call, blocks = chosen
     return call.problem.cache_bytes(blocks.T)
 
 
-class _Call:
-    """The sizes of one call, and how its queries become rows of the kernel.
+def _calls(query: Any, key: Any, value: Any) -> list[Call]:
+    """How the forward kernel can read a cache in place: its heads together, or each by itself."""
+    together, by_head = (Call(query, key, value, by_head=x) for x in (False, True))
+    key, value = together.key, together.value
+    if (key.interleaved, key.columns) != (value.interleaved, value.columns):
+        return [by_head]
+    separable = by_head.key.strided and by_head.value.strided
+    return [together, by_head] if separable else [together]
 
-    Rows are (key head, query, head of the group), so that those of one key head stand together.
-    """
 
-    def __init__(self, query: Any, key: Any, value: Any) -> None:
-        self.B, self.Q, self.Hq, self.D = query.shape
-        S, self.Hkv = key.shape[1:3]
-        self.Dv = value.shape[3]
-        self.G = self.Hq // self.Hkv
-        self.dtype = query.dtype
-        # XLA gives caches shorter than the lanes other layouts: they are padded, a small copy.
-        self.S = max(S, LANES)
-        self.key = CacheLayout.of(self.S, self.Hkv, self.D, self.dtype)
-        self.value = CacheLayout.of(self.S, self.Hkv, self.Dv, self.dtype)
-        self.tiles = -(-self.Q * self.Hq // MAX_ROWS)
-        self.queries = -(-self.Q // self.tiles)
-        self.tiles = -(-self.Q // self.queries)
-        interleaved = self.key.interleaved and self.value.interleaved
-        rows = self.queries * self.G
-        # A product of one head reads whole registers of its rows.
-        self.head_rows = rows if interleaved else round_up(rows, SUBLANES)
-        self.rows = round_up(self.Hkv * self.head_rows, SUBLANES)
-        self.V = self.B * self.tiles
-
-    @property
-    def problem(self) -> Problem:
-        return Problem(self.key, self.value, self.dtype, self.rows, self.V, self.S)
-
-    def blocks(self, chip: Chip, params: RaggedAttentionParams) -> Blocks | str:
-        return block_size.choose(self.problem, chip, params.block_size)
-
-    def pad_cache(self, x: jax.Array) -> jax.Array:
-        missing = self.S - x.shape[1]
-        return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
-
-    def tile_windows(self, x: jax.Array) -> jax.Array:
-        """[B, Q] to [V, queries]; the last window again for what pads Q."""
-        missing = self.tiles * self.queries - self.Q
-        x = jnp.pad(x, ((0, 0), (0, missing)), mode="edge") if missing else x
-        return x.reshape(self.V, self.queries)
-
-    def window_rows(self, x: jax.Array) -> jax.Array:
-        """[V, queries] to the bound of each row, [V, R]."""
-        x = jnp.broadcast_to(x[:, None, :, None], (self.V, self.Hkv, self.queries, self.G)).reshape(
-            self.V, self.Hkv, -1
-        )
-        return self._pad_rows(x[..., None])[..., 0]
-
-    def to_rows(self, query: jax.Array) -> jax.Array:
-        """[B, Q, Hq, D] to [V, R, D]."""
-        missing = self.tiles * self.queries - self.Q
-        query = jnp.pad(query, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else query
-        x = query.reshape(self.V, self.queries, self.Hkv, self.G, self.D)
-        x = x.transpose(0, 2, 1, 3, 4)
-        return self._pad_rows(x.reshape(self.V, self.Hkv, self.queries * self.G, self.D))
-
-    def _pad_rows(self, x: jax.Array) -> jax.Array:
-        """[V, Hkv, queries * G, n] to [V, R, n]."""
-        rows = x.shape[2]
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, self.head_rows - rows), (0, 0)))
-        x = x.reshape(self.V, self.Hkv * self.head_rows, x.shape[3])
-        return jnp.pad(x, ((0, 0), (0, self.rows - x.shape[1]), (0, 0)))
-
-    def from_rows(self, x: jax.Array) -> jax.Array:
-        """[V, R, n] to [B, Q, Hq, n]."""
-        n = x.shape[2]
-        x = x[:, : self.Hkv * self.head_rows].reshape(self.V, self.Hkv, self.head_rows, n)
-        x = x[:, :, : self.queries * self.G]
-        x = x.reshape(self.B, self.tiles, self.Hkv, self.queries, self.G, n)
-        x = x.transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(self.B, self.tiles * self.queries, self.Hq, n)[:, : self.Q]
+def _choose(
+    query: Any, key: Any, value: Any, chip: Chip, params: RaggedAttentionParams
+) -> tuple[Call, Blocks] | str:
+    """How the forward kernel reads the cache, with the least compute, or why it cannot."""
+    chosen = [
+        (call, block_size.choose(call.problem, chip, params.block_size, VMEM_MOST))
+        for call in _calls(query, key, value)
+    ]
+    possible = [(call, blocks) for call, blocks in chosen if not isinstance(blocks, str)]
+    if not possible:
+        return str(chosen[0][1])
+    return min(possible, key=lambda x: block_size.compute_cycles(x[0].problem, chip))
 
 
 def forward(
@@ -156,25 +131,15 @@ def forward(
 ) -> Arrays3:
     """As `reference.forward`, for what `unsupported` does not refuse."""
     chip = chip_of(device_kind)
-    call = _Call(query, key, value)
-    blocks = call.blocks(chip, params)
-    if isinstance(blocks, str):
-        raise NotImplementedError(f"ragged_attention: {blocks}. Pass block_size=None.")
-    plan = kernel.Plan(
-        key=call.key,
-        value=call.value,
-        blocks=blocks,
-        rows=call.rows,
-        head_rows=call.head_rows,
-        queries=call.queries,
-        tiles=call.tiles,
-        cores=chip.cores,
-        params=params,
-    )
+    chosen = _choose(query, key, value, chip, params)
+    if isinstance(chosen, str):
+        raise NotImplementedError(f"ragged_attention: {chosen}. Pass block_size=None.")
+    call, blocks = chosen
+    plan = call.plan(blocks, chip, params)
     lo = call.tile_windows(jnp.maximum(starts, 0))
     hi = call.tile_windows(jnp.minimum(lengths, key.shape[1]))
     work = work_list.WorkList.of(lo, hi, blocks.T, -(-call.S // blocks.T), plan.cores)
-    outs, max_logits, denominators = kernel.call(
+    results = kernel.call(
         plan,
         work,
         jnp.stack([call.window_rows(x)[:, : plan.P] for x in (lo, hi)], axis=1),
@@ -183,15 +148,9 @@ def forward(
         call.value.view(call.pad_cache(value)),
         name="ragged_attention_mha" if call.G == 1 else "ragged_attention_gqa",
     )
-    out, max_logit, denominator = work_list.merge(
-        outs,
-        max_logits[:, :, 0],
-        denominators[:, :, 0],
-        work.touched(blocks.T, plan.cores),
-        params.mask_value,
-    )
+    out, max_logit, denominator = work_list.complete(results, work, params.mask_value)
     return (
-        call.from_rows(out).astype(query.dtype),
+        call.from_rows(out),
         call.from_rows(max_logit[..., None])[..., 0],
         call.from_rows(denominator[..., None])[..., 0],
     )

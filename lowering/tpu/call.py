@@ -19,9 +19,10 @@ class Call:
     """The sizes of one call, and how its queries become rows of the kernel.
 
     Rows are (key head, query, head of the group), so that those of one key head stand together.
+    With `by_head` each head of the cache is read by itself, in any form.
     """
 
-    def __init__(self, query: Any, key: Any, value: Any) -> None:
+    def __init__(self, query: Any, key: Any, value: Any, *, by_head: bool = False) -> None:
         self.B, self.Q, self.Hq, self.D = query.shape
         S, self.Hkv = key.shape[1:3]
         self.Dv = value.shape[3]
@@ -29,8 +30,8 @@ class Call:
         self.dtype = query.dtype
         # XLA gives caches shorter than the lanes other layouts: they are padded, a small copy.
         self.S = max(S, LANES)
-        self.key = CacheLayout.of(self.S, self.Hkv, self.D, self.dtype)
-        self.value = CacheLayout.of(self.S, self.Hkv, self.Dv, self.dtype)
+        layouts = (CacheLayout.of(self.S, self.Hkv, n, self.dtype) for n in (self.D, self.Dv))
+        self.key, self.value = (x.by_head() if by_head else x for x in layouts)
         self.tiles = -(-self.Q * self.Hq // MAX_ROWS)
         self.queries = -(-self.Q // self.tiles)
         self.tiles = -(-self.Q // self.queries)

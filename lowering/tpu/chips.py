@@ -14,8 +14,10 @@ class Chip:
       vmem: bytes of VMEM of a core.
       dma_cycles: cycles that the core's share of HBM bandwidth takes for 1 MiB: published
         bandwidth, and a clock estimated from published peak rates.
-      mib_cycles: cycles of compute for 1 MiB of cache and 32 rows of queries, read from the
-        compiler's schedules.
+      mib_cycles: cycles of compute for 1 MiB of cache, fitted as the next two to the compiler's
+        schedules.
+      register_cycles: more for a register of logits in its products.
+      stride_cycles: more for a sublane between the rows that a strided load takes.
       cores: cores that one device drives: 2 for a megacore.
       reason: why there are no kernels for it, or None.
     """
@@ -24,6 +26,8 @@ class Chip:
     vmem: int
     dma_cycles: int
     mib_cycles: int
+    register_cycles: float
+    stride_cycles: int
     cores: int = 1
     reason: str | None = None
 
@@ -31,21 +35,21 @@ class Chip:
 _OLD = "Mosaic does not compile the kernels for TPU v3 and older"
 
 _CHIPS = {
-    "TPU v2": Chip("v2", 16 * MIB, 2000, 600, reason=_OLD),
-    "TPU v3": Chip("v3", 16 * MIB, 2000, 600, reason=_OLD),
-    "TPU v4": Chip("v4", 16 * MIB, 1790, 560, cores=2),
-    "TPU v4 lite": Chip("v4i", 16 * MIB, 1790, 560),
-    "TPU v5 lite": Chip("v5e", 128 * MIB, 1920, 440),
-    "TPU v5e": Chip("v5e", 128 * MIB, 1920, 440),
-    "TPU v5": Chip("v5p", 64 * MIB, 1490, 440, cores=2),
-    "TPU v5p": Chip("v5p", 64 * MIB, 1490, 440, cores=2),
-    "TPU v6 lite": Chip("v6e", 128 * MIB, 1120, 430),
-    "TPU v6e": Chip("v6e", 128 * MIB, 1120, 430),
-    "TPU7x": Chip("7x", 64 * MIB, 620, 415),
+    "TPU v2": Chip("v2", 16 * MIB, 2000, 320, 3.8, 110, reason=_OLD),
+    "TPU v3": Chip("v3", 16 * MIB, 2000, 320, 3.8, 110, reason=_OLD),
+    "TPU v4": Chip("v4", 16 * MIB, 1790, 320, 3.8, 110, cores=2),
+    "TPU v4 lite": Chip("v4i", 16 * MIB, 1790, 320, 3.8, 110),
+    "TPU v5 lite": Chip("v5e", 128 * MIB, 1920, 250, 3.0, 32),
+    "TPU v5e": Chip("v5e", 128 * MIB, 1920, 250, 3.0, 32),
+    "TPU v5": Chip("v5p", 64 * MIB, 1490, 250, 3.0, 32, cores=2),
+    "TPU v5p": Chip("v5p", 64 * MIB, 1490, 250, 3.0, 32, cores=2),
+    "TPU v6 lite": Chip("v6e", 128 * MIB, 1120, 315, 1.8, 32),
+    "TPU v6e": Chip("v6e", 128 * MIB, 1120, 315, 1.8, 32),
+    "TPU7x": Chip("7x", 64 * MIB, 620, 300, 1.8, 32),
 }
 
 # Of a program lowered for no device in particular (jax.export): what fits and fills them all.
-_ANY = Chip("any", 16 * MIB, 1120, 560, cores=2)
+_ANY = Chip("any", 16 * MIB, 1120, 320, 3.8, 110, cores=2)
 
 
 def chip_of(device_kind: str | None) -> Chip:

@@ -11,10 +11,10 @@ In the form TOKENS (`layout`) the columns are (token, tile, head): one product m
 with all, the rows of other heads are masked, and their probabilities are 0. The matrix unit does
 this idle work while it would wait for memory; nothing is moved to separate the heads. Where the
 lanes of a head are cut in tiles, the products of the tiles are rows of their own, and are brought
-together by rotations of the lanes. In the other forms each head is a product of its own.
+together by rotations of the lanes.
 
-Where keys and values differ in form, 0/1 matrices bring the probabilities from the columns of one
-to those of the other.
+In the other forms each head is a product of its own. The idle work grows with the rows, so for
+many of them the form TOKENS is read so too, by loads that take the rows of one head.
 
 The unit of z is such that no multiplication is spent: `exp(z - m) = exp2((z - m) exponent)` and
 `logit = z unit`.
@@ -31,11 +31,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jax_ragged.lowering._compat import interpret_mode
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu.block_size import Blocks
 from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheLayout, Form
-from jax_ragged.lowering.tpu.work_list import SCALARS, WorkList, item_of_step
+from jax_ragged.lowering.tpu.work_list import SCALARS, Results, WorkList, item_of_step
 
 LOG2_E = math.log2(math.e)
 # The maximum of nothing: finite, so that exp(-inf - LOWEST) is 0 and not NaN.
@@ -50,7 +51,7 @@ class Plan:
 
     Attributes:
       key: layout of the keys.
-      value: layout of the values.
+      value: layout of the values, with heads interleaved as those of the keys, or neither's are.
       blocks: T and the chunk.
       rows: R, a multiple of 8.
       head_rows: rows of one key head, (query, head of its group).
@@ -94,6 +95,24 @@ class Plan:
     @property
     def chunks(self) -> int:
         return self.blocks.T // self.blocks.chunk
+
+    @property
+    def parts(self) -> list[range]:
+        """The heads of each softmax: all, where they share columns, else those that share words.
+
+        The softmax of one part hides under the products of the next.
+        """
+        heads = self.key.heads
+        if self.key.interleaved:
+            return [range(heads)]
+        together = max(x.packing if x.strided else 1 for x in (self.key, self.value))
+        return [range(h, h + together) for h in range(0, heads, together)]
+
+    def rows_of(self, heads: range) -> slice:
+        """The rows of a part."""
+        if len(heads) == self.key.heads:
+            return slice(None)
+        return slice(heads.start * self.head_rows, heads.stop * self.head_rows)
 
 
 def _dot(x: jax.Array, y: jax.Array, *, transposed: bool = False) -> jax.Array:
@@ -151,11 +170,15 @@ class Windows:
         """lo and hi are scalars, or [P, 128] where queries have windows of their own."""
         self._plan, self._lo, self._hi, self._start = plan, lo, hi, block_start
 
-    def mask(self, layout: CacheLayout, j: jax.Array, index: int) -> jax.Array:
-        """Which columns of the index-th 128 of chunk j lie in the windows: bool [P, 128]."""
-        token = _token(self._plan.P, index * LANES, layout.columns)
+    def mask(self, layout: CacheLayout, j: jax.Array, index: int, rows: int) -> jax.Array:
+        """Which columns of the index-th 128 of chunk j lie in the windows: bool [rows, 128].
+
+        The rows are those of whole heads, of which all have the same windows.
+        """
+        token = _token(rows, index * LANES, layout.columns)
         base = self._start + j * self._plan.blocks.chunk
-        return (token >= self._lo - base) & (token < self._hi - base)
+        lo, hi = (x[:rows] if x.ndim else x for x in (self._lo, self._hi))
+        return (token >= lo - base) & (token < hi - base)
 
     def zero_outside(self, v: jax.Array, layout: CacheLayout, j: jax.Array) -> jax.Array:
         """Zeros what of the values of chunk j lies in no window: 0 NaN would be NaN.
@@ -180,7 +203,7 @@ class Windows:
         """1.0 where any row's window has the column, with columns along axis."""
         parts = []
         for index in range(shape[axis] // LANES):
-            inside = jnp.where(self.mask(layout, j, index), 1.0, 0.0)
+            inside = jnp.where(self.mask(layout, j, index, self._plan.P), 1.0, 0.0)
             inside = inside.max(axis=0, keepdims=True)
             rows = shape[0] if axis == 1 else LANES
             inside = jnp.broadcast_to(inside, (rows, LANES))
@@ -188,14 +211,11 @@ class Windows:
         return jnp.concatenate(parts, axis=axis)
 
 
-def _own_head(
-    plan: Plan, layout: CacheLayout, index: int, first: int = 0, rows: int | None = None
-) -> jax.Array:
+def _own_head(plan: Plan, index: int, first: int = 0, rows: int | None = None) -> jax.Array:
     """Which columns of the index-th 128 are of the row's head, in the first tile.
 
     Args:
       plan: of the kernel.
-      layout: of the columns.
       index: of the 128 columns.
       first: the first row, a multiple of the rows of one head.
       rows: how many rows, R if None.
@@ -203,6 +223,7 @@ def _own_head(
     Returns:
       bool [rows, 128].
     """
+    layout = plan.key
     shape = (plan.rows if rows is None else rows, LANES)
     head = _quotient(lax.broadcasted_iota(jnp.int32, shape, 0), plan.head_rows)
     head = head + first // plan.head_rows
@@ -234,7 +255,7 @@ def _spread(plan: Plan, p: jax.Array) -> jax.Array:
         return p
     return jnp.concatenate(
         [
-            jnp.where(_own_head(plan, plan.key, 0, first, plan.P), p, 0.0)
+            jnp.where(_own_head(plan, 0, first, plan.P), p, 0.0)
             for first in range(0, plan.rows, plan.P)
         ],
         axis=0,
@@ -246,7 +267,7 @@ def _by_row(plan: Plan, x: jax.Array) -> jax.Array:
     if not plan.compact or plan.key.columns == 1:
         return x
     rows = [
-        jnp.where(_own_head(plan, plan.key, 0, first, plan.P), x, LOWEST)
+        jnp.where(_own_head(plan, 0, first, plan.P), x, LOWEST)
         for first in range(0, plan.rows, plan.P)
     ]
     return jnp.concatenate(
@@ -267,7 +288,7 @@ def _across_lanes(plan: Plan, x: jax.Array, combine: Any, reduce: Any) -> jax.Ar
 
 def _token_rows(ref: Any, layout: CacheLayout, plan: Plan, j: jax.Array | int) -> jax.Array:
     """The rows of chunk j in the form TOKENS."""
-    n = plan.blocks.chunk * layout.columns
+    n = plan.blocks.chunk * layout.rows
     start = j * n if isinstance(j, int) else pl.multiple_of(j * n, n)
     rows: jax.Array = ref[0, pl.ds(start, n), :]
     return rows
@@ -276,7 +297,9 @@ def _token_rows(ref: Any, layout: CacheLayout, plan: Plan, j: jax.Array | int) -
 def _head_block(
     ref: Any, layout: CacheLayout, plan: Plan, j: jax.Array | int, head: int
 ) -> jax.Array:
-    """Chunk j of one head: [chunk, D] in the form HEADS, [D, chunk] in the form SEQUENCE."""
+    """Chunk j of one head: [chunk, D], or [D, chunk] in the form SEQUENCE."""
+    if layout.strided:
+        return _strided_block(ref, layout, plan, j, head)
     n = plan.blocks.chunk
     tokens = pl.ds(j * n if isinstance(j, int) else pl.multiple_of(j * n, n), n)
     block: jax.Array = (
@@ -285,13 +308,48 @@ def _head_block(
     return block
 
 
+def _strided_block(
+    ref: Any, layout: CacheLayout, plan: Plan, j: jax.Array | int, head: int
+) -> jax.Array:
+    """Chunk j of one head in the form TOKENS: [chunk, D].
+
+    Sublanes are words of 32 bits, so two heads of bfloat16 come in one; with zeros in the other
+    half, each is a float32 that rounding does not change.
+    """
+    tiles = []
+    for tile in range(layout.tiles):
+        word, half = divmod(layout.row(tile, head), layout.packing)
+        x = _strided_words(ref, layout, plan, j, word)
+        if layout.packing == 2:
+            x = x & jnp.int32(-(2**16)) if half else x << 16
+            x = lax.bitcast_convert_type(x, jnp.float32)
+        tiles.append(x)
+    return jnp.concatenate(tiles, axis=1).astype(ref.dtype)
+
+
+def _strided_words(
+    ref: Any, layout: CacheLayout, plan: Plan, j: jax.Array | int, word: int
+) -> jax.Array:
+    """One of the words of each token of chunk j: [chunk, lanes], int32 where elements share it."""
+    n, stride = plan.blocks.chunk, layout.stride
+    if layout.packing > 1 and interpret_mode() is not None:
+        # The interpreter knows no views of a ref in another dtype.
+        rows: jax.Array = pltpu.bitcast(_token_rows(ref, layout, plan, j), jnp.int32)
+        return rows[word::stride]
+    words = ref if layout.packing == 1 else ref.bitcast(jnp.int32)
+    start = j * n * stride if isinstance(j, int) else pl.multiple_of(j * (n * stride), n * stride)
+    chunk = words.at[0, pl.ds(start, n * stride), :]
+    loaded: jax.Array = chunk[pl.ds(word, n, stride=stride), :]
+    return loaded
+
+
 def _rotate(x: jax.Array, by: int) -> jax.Array:
     """Moves columns up by a number of lanes; what is wrapped around is masked."""
     return pltpu.roll(x, by % LANES, 1) if by % LANES else x
 
 
-def _products(q: jax.Array, k_ref: Any, plan: Plan, j: jax.Array | int) -> Slices:
-    """Q k' of chunk j: [R, 128] for each 128 columns."""
+def _products(q: jax.Array, k_ref: Any, plan: Plan, j: jax.Array | int, heads: range) -> Slices:
+    """Q k' of chunk j and a part: [rows, 128] for each 128 columns."""
     key = plan.key
     if not key.interleaved:
         by_head = [
@@ -299,10 +357,10 @@ def _products(q: jax.Array, k_ref: Any, plan: Plan, j: jax.Array | int) -> Slice
                 _dot(
                     q[h * plan.head_rows : (h + 1) * plan.head_rows],
                     _head_block(k_ref, key, plan, j, h),
-                    transposed=key.form is Form.HEADS,
+                    transposed=key.form is not Form.SEQUENCE,
                 )
             )
-            for h in range(key.heads)
+            for h in heads
         ]
         return [jnp.concatenate(parts, axis=0) for parts in zip(*by_head, strict=True)]
     stacked = jnp.concatenate(_slices(q), axis=0) if key.tiles > 1 else q
@@ -318,11 +376,16 @@ def _products(q: jax.Array, k_ref: Any, plan: Plan, j: jax.Array | int) -> Slice
 
 
 def _logits(
-    q: jax.Array, k_ref: Any, plan: Plan, j: jax.Array | int, windows: Windows | None
+    q: jax.Array,
+    k_ref: Any,
+    plan: Plan,
+    j: jax.Array | int,
+    heads: range,
+    windows: Windows | None,
 ) -> Slices:
-    """The logits of chunk j, -inf where masked: [P, 128] for each 128 columns."""
+    """The logits of chunk j and a part, -inf where masked: [rows, 128] for each 128 columns."""
     p = plan.params
-    z = _products(q, k_ref, plan, j)
+    z = _products(q, k_ref, plan, j, heads)
     if plan.compact:
         z = [_compact(plan, x) for x in z]
     if p.logits_soft_cap is not None:
@@ -338,7 +401,7 @@ def _masked(
 ) -> jax.Array:
     key, masks = plan.key, []
     if not plan.compact and key.columns > 1:
-        masks.append(_own_head(plan, key, index))
+        masks.append(_own_head(plan, index))
     if plan.compact and (plan.P > plan.head_rows or key.tiles > 1):
         heads = plan.P // plan.head_rows
         column = _column(plan.P, 0, key.columns)
@@ -346,45 +409,19 @@ def _masked(
         own = _remainder(column, heads) == _quotient(row, plan.head_rows)
         masks.append(own & (column < key.heads) if key.tiles > 1 else own)
     if windows is not None:
-        masks.append(windows.mask(key, jnp.asarray(j, jnp.int32), index))
+        masks.append(windows.mask(key, jnp.asarray(j, jnp.int32), index, z.shape[0]))
     return jnp.where(functools.reduce(jnp.logical_and, masks), z, -jnp.inf) if masks else z
 
 
-def _selection(layout: CacheLayout, chunk: int, dtype: Any, *, tokens_first: bool) -> jax.Array:
-    """1 where a column is of a token: [columns, tokens], or [tokens, columns]."""
-    shape = (chunk * layout.columns, chunk)
-    shape = shape[::-1] if tokens_first else shape
-    column = lax.broadcasted_iota(jnp.int32, shape, 1 if tokens_first else 0)
-    token = lax.broadcasted_iota(jnp.int32, shape, 0 if tokens_first else 1)
-    return jnp.where(_quotient(column, layout.columns) == token, 1.0, 0.0).astype(dtype)
-
-
-def _for_values(p: Slices, plan: Plan, dtype: Any) -> jax.Array:
-    """The probabilities [P, 128] in the rows and columns of the values, [R, columns].
-
-    What the matrices select are sums of one term, so nothing is lost.
-    """
-    joined = jnp.concatenate([_spread(plan, x) for x in p], axis=1).astype(dtype)
-    key, value, chunk = plan.key, plan.value, plan.blocks.chunk
-    if (key.interleaved, key.columns) == (value.interleaved, value.columns):
-        return joined
-    if key.columns > 1:
-        select = _selection(key, chunk, dtype, tokens_first=False)
-        joined = _dot(joined, select).astype(dtype)
-    if value.columns == 1:
-        return joined
-    select = _selection(value, chunk, dtype, tokens_first=True)
-    spread = [
-        jnp.where(_own_head(plan, value, index), x, 0.0)
-        for index, x in enumerate(_slices(_dot(joined, select)))
-    ]
-    return jnp.concatenate(spread, axis=1).astype(dtype)
-
-
 def _weighted_values(
-    p: Slices, v_ref: Any, plan: Plan, j: jax.Array | int, windows: Windows | None
+    p: Slices,
+    v_ref: Any,
+    plan: Plan,
+    j: jax.Array | int,
+    heads: range,
+    windows: Windows | None,
 ) -> jax.Array:
-    """P v of chunk j: [R, Dv], or [tiles R, 128] where the values have tiles."""
+    """P v of chunk j and a part: [rows, Dv], or [tiles R, 128] where the values have tiles."""
     value = plan.value
 
     def valid(v: jax.Array) -> jax.Array:
@@ -393,20 +430,20 @@ def _weighted_values(
         return windows.zero_outside(v, value, jnp.asarray(j, jnp.int32))
 
     if not value.interleaved:
-        joined = _for_values(p, plan, v_ref.dtype)
+        joined = jnp.concatenate(p, axis=1).astype(v_ref.dtype)
         return jnp.concatenate(
             [
                 _dot(
-                    joined[h * plan.head_rows : (h + 1) * plan.head_rows],
+                    joined[i * plan.head_rows : (i + 1) * plan.head_rows],
                     valid(_head_block(v_ref, value, plan, j, h)),
                     transposed=value.form is Form.SEQUENCE,
                 )
-                for h in range(value.heads)
+                for i, h in enumerate(heads)
             ],
             axis=0,
         )
     v = valid(_token_rows(v_ref, value, plan, j))
-    joined = _for_values(p, plan, jnp.float32 if value.tiles > 1 else v.dtype)
+    joined = jnp.concatenate([_spread(plan, x) for x in p], axis=1)
     if value.tiles > 1:
         joined = jnp.concatenate(
             [
@@ -414,8 +451,8 @@ def _weighted_values(
                 for i in range(value.tiles)
             ],
             axis=0,
-        ).astype(v.dtype)
-    return _dot(joined, v)
+        )
+    return _dot(joined.astype(v.dtype), v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,44 +478,48 @@ class State:
         z: list[Slices],
         v_ref: Any,
         chunks: list[Any],
+        heads: range,
         windows: Windows | None,
     ) -> None:
-        """The streaming softmax over more chunks, whose logits are z."""
+        """The streaming softmax of a part over more chunks, whose logits are z."""
+        rows = plan.rows_of(heads)
         exponent = plan.unit * LOG2_E
         largest = functools.reduce(jnp.maximum, [x for slices in z for x in slices])
-        m = self.m_ref[...]
+        m = self.m_ref[rows]
         m_new = jnp.maximum(m, _across_lanes(plan, largest, jnp.maximum, jnp.max))
         rescale = jnp.exp2((m - m_new) * exponent)
         p = [[jnp.exp2((x - m_new) * exponent) for x in slices] for slices in z]
-        self.m_ref[...] = m_new
-        self.l_ref[...] = self.l_ref[...] * rescale + functools.reduce(
+        self.m_ref[rows] = m_new
+        self.l_ref[rows] = self.l_ref[rows] * rescale + functools.reduce(
             jnp.add, [x for slices in p for x in slices]
         )
-        by_tile = jnp.concatenate([_by_row(plan, rescale)] * plan.value.tiles, axis=0)
-        o = self.o_ref[...] * _to_lanes(by_tile, self.o_ref.shape[1])
+        by_tile = jnp.concatenate([_by_row(plan, rescale)] * plan.value.stacked, axis=0)
+        o = self.o_ref[rows] * _to_lanes(by_tile, self.o_ref.shape[1])
         for j, slices in zip(chunks, p, strict=True):
-            o += _weighted_values(slices, v_ref, plan, j, windows)
-        self.o_ref[...] = o
+            o += _weighted_values(slices, v_ref, plan, j, heads, windows)
+        self.o_ref[rows] = o
 
-    def finish(self, plan: Plan, out_ref: Any, m_out_ref: Any, l_out_ref: Any) -> None:
-        """Writes the results of a row; those of its queries with empty windows are fixed."""
+    def results(self, plan: Plan) -> tuple[jax.Array, jax.Array]:
+        """Out [R, Dv], max_logits and denominator [2, R] of a row's windows, empty ones too."""
         m = _by_row(plan, self.m_ref[...])
         total = _by_row(plan, _across_lanes(plan, self.l_ref[...], jnp.add, jnp.sum))
         o = self.o_ref[...]
         empty = total == 0
         inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, total))
-        R, tiles = plan.rows, plan.value.tiles
+        R, tiles = plan.rows, plan.value.stacked
         if tiles > 1:
             o = jnp.concatenate([o[i * R : (i + 1) * R] for i in range(tiles)], axis=1)
-        out_ref[0, 0] = (o * _to_lanes(inverse, o.shape[1])).astype(out_ref.dtype)
-        m_out_ref[0, 0] = jnp.where(empty, plan.params.mask_value, m * plan.unit).T[:1]
-        l_out_ref[0, 0] = total.T[:1]
+        max_logits = jnp.where(empty, plan.params.mask_value, m * plan.unit)
+        statistics = jnp.concatenate([max_logits.T[:1], total.T[:1]], axis=0)
+        return o * _to_lanes(inverse, o.shape[1]), statistics
 
 
 def _inner_block(q: jax.Array, k_ref: Any, v_ref: Any, state: State, plan: Plan) -> None:
     """A block that lies in every window: no masks of positions, and one update."""
     chunks = list(range(plan.chunks))
-    state.update(plan, [_logits(q, k_ref, plan, j, None) for j in chunks], v_ref, chunks, None)
+    z = [[_logits(q, k_ref, plan, j, heads, None) for j in chunks] for heads in plan.parts]
+    for heads, logits in zip(plan.parts, z, strict=True):
+        state.update(plan, logits, v_ref, chunks, heads, None)
 
 
 def _edge_block(
@@ -494,8 +535,9 @@ def _edge_block(
     """A block at the edge of a window: the chunks from first to last alone, masked."""
 
     def chunk(j: jax.Array, _: None) -> None:
-        z = _logits(q, k_ref, plan, j, windows)
-        state.update(plan, [z], v_ref, [j], windows)
+        z = [_logits(q, k_ref, plan, j, heads, windows) for heads in plan.parts]
+        for heads, logits in zip(plan.parts, z, strict=True):
+            state.update(plan, [logits], v_ref, [j], heads, windows)
 
     lax.fori_loop(first, last, chunk, None)
 
@@ -504,8 +546,9 @@ def _kernel(*refs: Any, plan: Plan) -> None:
     work = WorkList(*refs[:SCALARS])
     rest = list(refs[SCALARS:])
     bounds_ref = rest.pop(0) if plan.queries > 1 else None
-    q_ref, k_ref, v_ref, out_ref, m_out_ref, l_out_ref, *scratch = rest
-    state = State(*scratch[:3])
+    q_ref, k_ref, v_ref, out_ref, statistics_ref, *rest = rest
+    part_ref = rest.pop(0) if plan.cores > 1 else None
+    state, *bound_refs = State(*rest[:3]), *rest[3:]
     core, step = pl.program_id(0), pl.program_id(1)
     items, steps = work.size[0], work.size[1]
     item = core * steps + step
@@ -518,7 +561,7 @@ def _kernel(*refs: Any, plan: Plan) -> None:
     def _() -> None:
         state.reset()
         if bounds_ref is not None:
-            for ref, bound in zip(scratch[3:], (0, 1), strict=True):
+            for ref, bound in zip(bound_refs, (0, 1), strict=True):
                 spread = jnp.broadcast_to(bounds_ref[0, bound : bound + 1], (LANES, plan.P))
                 ref[...] = spread.T
 
@@ -530,21 +573,26 @@ def _kernel(*refs: Any, plan: Plan) -> None:
 
     @pl.when(valid & jnp.logical_not(inner))
     def _() -> None:
-        lo, hi = (work.start[row], work.end[row])
+        lo, hi = work.start[row], work.end[row]
         chunk = plan.blocks.chunk
         first = lax.div(jnp.maximum(lo - start, 0), chunk)
         last = lax.div(jnp.minimum(hi, end) - start + (chunk - 1), chunk)
-        if bounds_ref is None:
-            windows = Windows(plan, lo, hi, start)
-        else:
-            windows = Windows(plan, scratch[3][...], scratch[4][...], start)
+        if bounds_ref is not None:
+            lo, hi = (ref[...] for ref in bound_refs)
+        windows = Windows(plan, lo, hi, start)
         _edge_block(q_ref[0], k_ref, v_ref, state, plan, windows, first, last)
 
     ends = (step == steps - 1) | (item == items - 1) | (work.row[item + 1] != row)
 
     @pl.when(valid & ends)
     def _() -> None:
-        state.finish(plan, out_ref, m_out_ref, l_out_ref)
+        out, statistics_ref[0] = state.results(plan)
+        out_ref[0] = out.astype(out_ref.dtype)
+        if part_ref is not None:
+
+            @pl.when(row == work.size[2])
+            def _() -> None:
+                part_ref[0] = out
 
 
 def call(
@@ -556,7 +604,7 @@ def call(
     value: jax.Array,
     *,
     name: str,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Results:
     """Runs the kernel.
 
     Args:
@@ -567,10 +615,6 @@ def call(
       key: the view of the keys.
       value: the view of the values.
       name: of the kernel, in HLO and profiles.
-
-    Returns:
-      The partial results of each core: normalised out [cores, V, R, Dv], in float32 if there is
-      more than one core; max_logits and denominator [cores, V, 1, R].
     """
     V, R, D = query.shape
     P = plan.P
@@ -592,46 +636,45 @@ def call(
         return index
 
     def result(c: Any, i: Any, *s: Any) -> Any:
-        return (c, row_of(c, i, s)[0], 0, 0)
+        return (row_of(c, i, s)[0] + (c if cores > 1 else 0), 0, 0)
 
     # Else XLA may fetch all of a small cache to VMEM ahead of the kernel, windows or not.
     key, value = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (key, value))
     per_query = plan.queries > 1
-    o_shape = (plan.value.tiles * R, plan.value.lanes) if plan.value.interleaved else (R, Dv)
-    scratch = [(P, LANES), (P, LANES), o_shape]
-    statistic = result_type((cores, V, 1, R), jnp.float32, query)
-    out_dtype = query.dtype if cores == 1 else jnp.float32
-    return tuple(
-        pl.pallas_call(
-            functools.partial(_kernel, plan=plan),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=SCALARS,
-                grid=(cores, work.size[1]),
-                in_specs=[
-                    *([pl.BlockSpec((1, 2, P), by_row(3))] if per_query else []),
-                    pl.BlockSpec((1, R, D), by_row(3)),
-                    pl.BlockSpec(plan.key.block_shape(T), by_block(plan.key)),
-                    pl.BlockSpec(plan.value.block_shape(T), by_block(plan.value)),
-                ],
-                out_specs=[
-                    pl.BlockSpec((1, 1, R, Dv), result),
-                    pl.BlockSpec((1, 1, 1, R), result),
-                    pl.BlockSpec((1, 1, 1, R), result),
-                ],
-                scratch_shapes=[
-                    *(pltpu.VMEM(shape, jnp.float32) for shape in scratch),
-                    *([pltpu.VMEM((P, LANES), jnp.int32)] * 2 if per_query else []),
-                ],
-            ),
-            out_shape=[
-                result_type((cores, V, R, Dv), out_dtype, query),
-                statistic,
-                statistic,
+    stacked = plan.value.stacked
+    scratch = [(P, LANES), (P, LANES), (stacked * R, Dv // stacked)]
+    # Out; max_logits and denominator; the exact parts of the row that is cut.
+    rows, parts = (V, 0) if cores == 1 else (V + 1, 1)
+    out_specs = [pl.BlockSpec((1, *shape), result) for shape in ((R, Dv), (2, R))]
+    out_specs += [pl.BlockSpec((1, R, Dv), lambda c, *_: (c, 0, 0))] * parts
+    out_shape = [
+        result_type((rows, R, Dv), query.dtype, query),
+        result_type((rows, 2, R), jnp.float32, query),
+    ]
+    out_shape += [result_type((cores, R, Dv), jnp.float32, query)] * parts
+    results = pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=SCALARS,
+            grid=(cores, work.size[1]),
+            in_specs=[
+                *([pl.BlockSpec((1, 2, P), by_row(3))] if per_query else []),
+                pl.BlockSpec((1, R, D), by_row(3)),
+                pl.BlockSpec(plan.key.block_shape(T), by_block(plan.key)),
+                pl.BlockSpec(plan.value.block_shape(T), by_block(plan.value)),
             ],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"),
-                vmem_limit_bytes=plan.blocks.vmem_limit,
-            ),
-            name=name,
-        )(*work, *([bounds] if per_query else []), query, key, value)
-    )
+            out_specs=out_specs,
+            scratch_shapes=[
+                *(pltpu.VMEM(shape, jnp.float32) for shape in scratch),
+                *([pltpu.VMEM((P, LANES), jnp.int32)] * 2 if per_query else []),
+            ],
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=plan.blocks.vmem_limit,
+        ),
+        name=name,
+    )(*work, *([bounds] if per_query else []), query, key, value)
+    out, statistics, *merged = results
+    return Results(out, statistics[:, 0], statistics[:, 1], merged[0] if merged else None)

@@ -51,42 +51,86 @@ class CacheLayout:
     """A cache as the kernels see it.
 
     In the form TOKENS the kernel sees rows [B, S * H, D], a row for each (token, head); or, if D
-    is a multiple of 128 and H less than 8, [B, S * tiles * H, 128], a row for each
-    (token, tile of 128 lanes, head). In the others [B, H, S, D] and [B, H, D, S].
+    is cut in tiles of 128 lanes, [B, S * tiles * H, 128], a row for each (token, tile, head), or
+    for more than 8 heads (token, eight heads, tile, head). In the others [B, H, S, D] and
+    [B, H, D, S].
 
     Attributes:
       form: the physical order.
       heads: H.
       head_dim: D.
       tiles: into how many rows the lanes of one head of one token are cut, in the form TOKENS.
+      packing: elements in the 32 bits of a lane of a sublane; in the form TOKENS, so many heads
+        of a token.
+      strided: whether a head is read by itself in the form TOKENS, by strided loads.
     """
 
     form: Form
     heads: int
     head_dim: int
     tiles: int = 1
+    packing: int = 1
+    strided: bool = False
 
     @classmethod
     def of(cls, S: int, H: int, D: int, dtype: DTypeLike) -> Self:
         """The layout of [B, S, H, D]."""
         form = physical_form(S, H, D, dtype)
+        packing = 4 // jnp.dtype(dtype).itemsize
         if form is not Form.TOKENS or H % SUBLANES == 0:
-            return cls(form, H, D)
+            return cls(form, H, D, packing=packing)
         tiles = D // LANES
         # A token's columns must divide the 128 lanes, for the head masks and the rotations.
         if D % LANES != 0 or LANES % (H * tiles) != 0:
-            return cls(Form.HEADS, H, D)
-        return cls(form, H, D, tiles)
+            return cls(Form.HEADS, H, D, packing=packing)
+        return cls(form, H, D, tiles, packing)
 
     @property
     def interleaved(self) -> bool:
         """Whether the heads of a token are beside each other in the columns of the logits."""
-        return self.form is Form.TOKENS
+        return self.form is Form.TOKENS and not self.strided
+
+    @property
+    def rows(self) -> int:
+        """Rows of the view that one token has in the form TOKENS."""
+        return self.heads * self.tiles
 
     @property
     def columns(self) -> int:
         """Columns of the logits that one token has."""
-        return self.heads * self.tiles if self.interleaved else 1
+        return self.rows if self.interleaved else 1
+
+    @property
+    def stacked(self) -> int:
+        """Tiles whose products are rows of their own."""
+        return self.tiles if self.interleaved else 1
+
+    @property
+    def stride(self) -> int:
+        """Sublanes from one token of a head to the next, where strided."""
+        return self.rows // self.packing
+
+    @property
+    def _group(self) -> int:
+        """The heads of one tile of registers."""
+        return min(self.heads, SUBLANES)
+
+    def row(self, tile: int, head: int) -> int:
+        """Which of the rows of a token, in the form TOKENS."""
+        group, place = divmod(head, self._group)
+        return (group * self.tiles + tile) * self._group + place
+
+    def by_head(self) -> Self:
+        """The same cache, of which each head is read by itself.
+
+        Strided loads are of 128 lanes; XLA copies what has other rows, which in the form TOKENS
+        are caches of less than 192 positions.
+        """
+        if self.form is not Form.TOKENS:
+            return self
+        if self.rows == 1 or self.head_dim % LANES:
+            return dataclasses.replace(self, form=Form.HEADS, tiles=1)
+        return dataclasses.replace(self, tiles=self.head_dim // LANES, strided=True)
 
     @property
     def lanes(self) -> int:
@@ -101,8 +145,9 @@ class CacheLayout:
         if self.form is Form.SEQUENCE:
             return x.transpose(0, 2, 3, 1)
         if self.tiles > 1:
-            x = x.reshape(B, S, H, self.tiles, self.lanes).transpose(0, 1, 3, 2, 4)
-        return x.reshape(B, S * self.columns, self.lanes)
+            x = x.reshape(B, S, H // self._group, self._group, self.tiles, self.lanes)
+            x = x.transpose(0, 1, 2, 4, 3, 5)
+        return x.reshape(B, S * self.rows, self.lanes)
 
     def block_shape(self, T: int) -> tuple[int, ...]:
         """The shape of a block of T tokens of one row of the view."""
@@ -110,7 +155,7 @@ class CacheLayout:
             return (1, self.heads, T, self.head_dim)
         if self.form is Form.SEQUENCE:
             return (1, self.heads, self.head_dim, T)
-        return (1, T * self.columns, self.lanes)
+        return (1, T * self.rows, self.lanes)
 
     def block_index(self, row: jax.Array, block: jax.Array) -> tuple[jax.Array | int, ...]:
         """The index of the block-th block of a row of the view."""

@@ -2,11 +2,10 @@
 
 Rows [V] are pairs of a row of the cache and a tile of its queries; the windows of a row are those
 of its queries, and its blocks are those from the first to the last position of any of them. The
-blocks of all rows, in order, are cut in equal halves for the two cores of a megacore chip; the
-row that is cut gets a partial result from each, and they are merged.
+blocks of all rows, in order, are cut in equal halves for the two cores of a megacore chip; a row
+that is cut gets a partial result from each, and they are merged.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -28,7 +27,7 @@ class WorkList(NamedTuple):
       all_start: [V], the last of the first positions of its windows.
       all_end: [V], the first of the ends of its windows; between all_start and all_end a position
         lies in every window.
-      size: [2], the number of items and of those for each core.
+      size: [3], the number of items, of those for each core, and the row of the first core's last.
     """
 
     row: jax.Array
@@ -50,6 +49,7 @@ class WorkList(NamedTuple):
         counts = jnp.where(start < end, lax.div(end + (T - 1), T) - first, 0)
         ends = _cumulative_sum(counts)
         items = ends[-1]
+        share = lax.div(items + (cores - 1), cores)
         item = lax.iota(jnp.int32, start.size * blocks + cores)
         # Comparing with all ends is one fused loop; a search or a scatter would be serial.
         row = (ends[None, :] <= jnp.minimum(item, items - 1)[:, None]).sum(axis=1, dtype=jnp.int32)
@@ -60,18 +60,8 @@ class WorkList(NamedTuple):
             end=end,
             all_start=lo.max(axis=1),
             all_end=hi.min(axis=1),
-            size=jnp.stack([items, lax.div(items + (cores - 1), cores)]),
+            size=jnp.stack([items, share, row[jnp.maximum(share - 1, 0)]]),
         )
-
-    def touched(self, T: int, cores: int) -> jax.Array:
-        """Which core has an item of which row: bool [cores, V]."""
-        first = lax.div(self.start, T) - self.offset
-        last = lax.div(self.end + (T - 1), T) - self.offset
-        core = lax.iota(jnp.int32, cores)[:, None]
-        begin = core * self.size[1]
-        end = jnp.minimum(begin + self.size[1], self.size[0])
-        nonempty = self.start < self.end
-        return nonempty & (jnp.maximum(first, begin) < jnp.minimum(last, end))
 
 
 def _cumulative_sum(x: jax.Array) -> jax.Array:
@@ -85,32 +75,58 @@ def item_of_step(core: jax.Array, step: jax.Array, size: jax.Array) -> jax.Array
     return jnp.minimum(core * size[1] + step, size[0] - 1)
 
 
-def merge(
-    outs: jax.Array,
-    max_logits: jax.Array,
-    denominators: jax.Array,
-    touched: jax.Array,
-    mask_value: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Merges the cores' partial results, of which those not touched hold anything.
+class Results(NamedTuple):
+    """What a kernel makes of a work list, in which rows with no item hold anything.
 
-        m = max m_c     w_c = l_c exp(m_c - m)     l = sum w_c     o = sum w_c o_c / l
-
-    Args:
-      outs: [cores, V, R, Dv], normalised.
-      max_logits: [cores, V, R], mask_value where a core has nothing of a window.
-      denominators: [cores, V, R], 0 there.
-      touched: bool [cores, V].
-      mask_value: of an empty window.
+    Attributes:
+      out: [V, R, Dv], normalised; for two cores [V + 1, R, Dv], with the rows of the second from
+        their index + 1 on, so that there are two of the row that is cut.
+      max_logits: [V, R] or [V + 1, R].
+      denominator: [V, R] or [V + 1, R].
+      parts: float32 [2, R, Dv], what each core makes of the first core's last row; None for one.
     """
-    touched = touched[:, :, None]
-    max_logits = jnp.where(touched, max_logits, mask_value)
-    denominators = jnp.where(touched, denominators, 0)
-    outs = jnp.where(touched[..., None], outs, 0)
-    if outs.shape[0] == 1:
-        return outs[0], max_logits[0], denominators[0]
+
+    out: jax.Array
+    max_logits: jax.Array
+    denominator: jax.Array
+    parts: jax.Array | None
+
+
+def complete(results: Results, work: WorkList, mask_value: float) -> tuple[jax.Array, ...]:
+    """Out, max_logits and denominator, [V, R, Dv] and [V, R], of all rows."""
+    *arrays, parts = results
+    V = work.start.size
+    if parts is not None:
+        items, share, last = work.size
+        index = lax.iota(jnp.int32, V)
+        is_cut = (index == last) & (share < items) & (work.row[share] == last)
+        statistics = (lax.dynamic_slice_in_dim(x, last, 2) for x in arrays[1:])
+        merged = _merge_two(parts, *statistics, mask_value=mask_value)
+        arrays = [_select(index > last, x[1:], x[:V]) for x in arrays]
+        arrays = [
+            _select(is_cut, one.astype(x.dtype), x) for one, x in zip(merged, arrays, strict=True)
+        ]
+    empty = work.start >= work.end
+    fills = (0.0, mask_value, 0.0)
+    return tuple(
+        _select(empty, jnp.asarray(fill, x.dtype), x) for fill, x in zip(fills, arrays, strict=True)
+    )
+
+
+def _select(rows: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """X in some rows, and else y."""
+    return jnp.where(rows.reshape(-1, *(1,) * (y.ndim - 1)), x, y)
+
+
+def _merge_two(
+    outs: jax.Array, max_logits: jax.Array, denominators: jax.Array, *, mask_value: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Merges partial results of the same windows, the parts along the first axis.
+
+    m = max m_c     w_c = l_c exp(m_c - m)     l = sum w_c     o = sum w_c o_c / l
+    """
     some = denominators != 0
-    m = functools.reduce(jnp.maximum, jnp.where(some, max_logits, -jnp.inf))
+    m = jnp.where(some, max_logits, -jnp.inf).max(axis=0)
     m = jnp.where(some.any(axis=0), m, mask_value)
     weights = jnp.where(some, denominators * jnp.exp(max_logits - m), 0)
     total = weights.sum(axis=0)
