@@ -5,7 +5,9 @@
 Prints, for the same valid tokens in caches of growing S, the time of the forward, of forward mode
 (results and tangents, for tangents of query, key and value) and of reverse mode (results and
 gradients), each also as a multiple of the forward, measured in turn in one process. "query" is
-reverse mode for query alone, for which nothing of the size of the cache is written.
+reverse mode for query alone, for which nothing of the size of the cache is written. "zeros" is a
+program that only writes the zeros of two arrays of the size of key and value, as every gradient
+of them must: a floor of reverse mode, and "above it" what is left, in forwards.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks.measure import (
     Case,
@@ -47,6 +50,11 @@ def _functions(attention: Callable[..., Any], scale: float) -> dict[str, Callabl
     return dict(zip(_COLUMNS, (forward, forward_mode, reverse_mode, query), strict=True))
 
 
+def _zeros(zero: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Of two signs: XLA would make one constant and copy it.
+    return jnp.full(key.shape, zero), jnp.full(value.shape, -zero)
+
+
 def _measure(case: Case, repeats: int) -> list[tuple[str, ...]]:
     problem = Problem.of(case)
     operands = (problem.lengths, problem.query, problem.key, problem.value)
@@ -56,12 +64,16 @@ def _measure(case: Case, repeats: int) -> list[tuple[str, ...]]:
         for name, attention in implementations.items()
         for column, function in _functions(attention, problem.scale).items()
     }
+    zero = jnp.zeros((), case.dtype)
+    runs["zeros"] = compiled(_zeros, zero, problem.key, problem.value).run
     times = time_in_turn(runs, repeats)
+    zeros = times["zeros"].median * 1e3
     rows = []
     for name in implementations:
         ms = [times[f"{name}/{column}"].median * 1e3 for column in _COLUMNS]
         ratios = [f"{t:.2f} ({t / ms[0]:.2f})" for t in ms[1:]]
-        rows.append((str(case.S), name, f"{ms[0]:.2f}", *ratios))
+        above = (ms[_COLUMNS.index("reverse mode")] - zeros) / ms[0]
+        rows.append((str(case.S), name, f"{ms[0]:.2f}", *ratios, f"{zeros:.2f}", f"{above:.2f}"))
     return rows
 
 
@@ -83,7 +95,7 @@ def main() -> None:
         f"{versions()}; B{base.B} Hq{base.Hq} Hkv{base.Hkv} D{base.D} {base.dtype}, "
         f"{tokens} valid tokens a row; ms (times the forward)\n"
     )
-    print_table(("S", "", *_COLUMNS), rows)
+    print_table(("S", "", *_COLUMNS, "zeros", "above it"), rows)
 
 
 if __name__ == "__main__":

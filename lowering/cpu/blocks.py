@@ -2,7 +2,7 @@
 
 The loop is one of XLA's while loops, which runs its steps one after another; XLA uses the cores
 of the machine within a step, where it splits an operation over them. So a step handles all heads
-of a block, a megabyte or so, whether there are many rows or one.
+of a block, a quarter of a megabyte or more, whether there are many rows or one.
 """
 
 import functools
@@ -20,8 +20,9 @@ from jax_ragged.lowering.reference import statistics_dtype
 _State = TypeVar("_State")
 _RowState = TypeVar("_RowState")
 
-# Elements of a block of keys: large enough to be split over cores, small enough for their caches.
-_BLOCK_ELEMENTS = 1 << 18
+# Elements of a block of keys: enough to be worth a step, few enough that what one operation of a
+# step writes is still in a core's cache when the next reads it.
+_BLOCK_ELEMENTS = 1 << 16
 # Up to so many heads, a copy of a block written head by head is faster than a transpose.
 _HEADS_CONCATENATED = 8
 # Up to so many rows that share a key head, sums of products are faster than a dot of short rows.
@@ -32,7 +33,7 @@ _UPDATES_BFLOAT16 = jax.__version_info__ >= (0, 12)
 
 def block_size(S: int, row_elements: int, asked: int | None) -> int:
     """Positions of a block: as asked, or so many that reading past a short window is cheap."""
-    T = max(64, min(256, _BLOCK_ELEMENTS // max(row_elements, 1))) if asked is None else asked
+    T = max(32, min(256, _BLOCK_ELEMENTS // max(row_elements, 1))) if asked is None else asked
     return min(T, S)
 
 
