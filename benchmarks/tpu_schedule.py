@@ -41,7 +41,7 @@ from jax.sharding import (
 from jax_ragged import ragged_attention
 from jax_ragged.lowering import tpu
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.tpu import backward, block_size
+from jax_ragged.lowering.tpu import backward
 from jax_ragged.lowering.tpu.call import Call
 from jax_ragged.lowering.tpu.chips import MIB, chip_of
 
@@ -286,13 +286,10 @@ def _vjp_of_query(operands: Any, windows: Any, moving: Any) -> Any:
 
 
 ALL = (True, True, True)
-DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[..., backward.Traffic]]] = {
-    "jvp": (_jvp, lambda sizes: backward.jvp_traffic(sizes, ALL)),
-    "vjp of query": (
-        _vjp_of_query,
-        lambda sizes: backward.vjp_traffic(sizes, (True, False, False)),
-    ),
-    "vjp": (_vjp, lambda sizes: backward.vjp_traffic(sizes, ALL)),
+DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[[Call], backward.Traffic]]] = {
+    "jvp": (_jvp, lambda x: backward.jvp_traffic(x, ALL)),
+    "vjp of query": (_vjp_of_query, lambda x: backward.vjp_traffic(x, (True, False, False))),
+    "vjp": (_vjp, lambda x: backward.vjp_traffic(x, ALL)),
 }
 
 
@@ -309,10 +306,12 @@ def derivative(generation: str, case: Case, name: str) -> Row:
     device, program = _compile(generation, call, *arrays, window, window, *arrays)
     chip = chip_of(device.device_kind)
     q, k = (jax.ShapeDtypeStruct(shape, DTYPE) for shape in (query, cache))
-    traffic = traffic_of(Call(q, k, k))
-    blocks = block_size.choose(traffic, chip, None)
-    assert not isinstance(blocks, str)
-    mib = traffic.cache_bytes(blocks.T) / MIB
+    problem = backward.choose(q, k, k, RaggedAttentionParams(), chip)
+    assert not isinstance(problem, str)
+    chosen = problem.choose(traffic_of)
+    assert not isinstance(chosen, str)
+    sizes, blocks = chosen
+    mib = traffic_of(sizes).cache_bytes(blocks.T) / MIB
     return Row(
         generation,
         name,

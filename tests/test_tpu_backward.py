@@ -16,8 +16,10 @@ from cases import Case, assert_close, ids, poison
 from derivatives import ALL, op, pullback, pushforward
 from jax_ragged.lowering.dispatch import Implementation
 from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.tpu import backward
 from jax_ragged.lowering.tpu.block_size import Blocks
 from jax_ragged.lowering.tpu.call import MAX_ROWS
+from jax_ragged.lowering.tpu.chips import chip_of
 from jax_ragged.lowering.tpu.forward_kernel import Plan
 from jax_ragged.lowering.tpu.layout import CacheLayout
 from jax_ragged.lowering.tpu.walk import Walk
@@ -160,10 +162,19 @@ def test_subsets(wrt: tuple[int, ...], given: tuple[bool, ...]) -> None:
         assert_close(x, want[i], TOLERANCE, scale=1 + float(np.abs(want[i]).max()))
 
 
-def test_bfloat16(interpreted: None) -> None:
-    case = Case("bfloat16", (70, 33), (0, 31), Hq=8, Hkv=2, S=70, D=128, Dv=128, dtype="bfloat16")
+@pytest.mark.parametrize("Q", [1, 8])
+def test_bfloat16(Q: int, interpreted: None) -> None:
+    """Two heads share a word; with many queries each is read and written by itself."""
+    ends, starts = ((70,) * Q, (33,) * Q), ((0,) * Q, (31,) * Q)
+    case = Case("bfloat16", ends, starts, Q, Hq=8, S=70, D=128, Dv=128, dtype="bfloat16")
     operands, bars = case.operands(), case.cotangents()
-    got = pullback(op(case), ALL)(operands, bars)
+    query, key, value = (jax.ShapeDtypeStruct(s, case.dtype) for s in _folded_shapes(case))
+    problem = backward.choose(query, key, value, RaggedAttentionParams(), chip_of(None))
+    assert isinstance(problem, backward.Problem)
+    chosen = problem.choose(lambda x: backward.vjp_traffic(x, (True, True, True)))
+    assert not isinstance(chosen, str)
+    assert chosen[0].key.strided == (Q > 1)
+    got = pullback(op(case), ALL)(poison(operands), bars)
     want = oracle.vjp(*operands, bars, **case.definition)
     for x, y in zip(got, want, strict=True):
         # out, z' and p are rounded to bfloat16 once each, before sums over heads or positions.

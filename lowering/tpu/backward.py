@@ -15,38 +15,58 @@ from jax_ragged.lowering.reference import Arrays3, Optional3, Residuals
 from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu import block_size, derivative_kernels as kernels
 from jax_ragged.lowering.tpu.call import Call
-from jax_ragged.lowering.tpu.chips import Chip
+from jax_ragged.lowering.tpu.chips import MIB, Chip
 from jax_ragged.lowering.tpu.derivative_kernels import NOWHERE, Wrt
 from jax_ragged.lowering.tpu.forward_kernel import Plan
 from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form
 from jax_ragged.lowering.tpu.walk import Walk
 from jax_ragged.lowering.tpu.work_list import SCALARS, WorkList
 
+# Keys and values of a step: it has more latency to hide than the forward's, of five products.
+MIN_BYTES = MIB
+
 
 @dataclasses.dataclass(frozen=True)
 class Traffic(block_size.Problem):
-    """What the block-size model depends on, for a kernel that moves more than keys and values.
+    """What the block-size model depends on, for a kernel that does not just read keys and values.
 
     Attributes:
       keys: arrays of the size of the keys that are read or written.
       values: and of the size of the values.
-      accumulators: how many of them are summed up in VMEM.
+      products: with blocks of them; the forward has two.
+      accumulates: whether what is written is summed up in VMEM.
     """
 
     keys: int = 2
     values: int = 2
+    products: int = 5
     accumulates: bool = False
+
+    @property
+    def registers(self) -> float:
+        """As many as the forward would have for this work."""
+        return super().registers * self.products / 2
 
     def cache_bytes(self, T: int) -> int:
         """Bytes that a step of T positions moves."""
         key, value = (x.block_bytes(T, self.dtype) for x in (self.key, self.value))
         return self.keys * key + self.values * value
 
+    def is_short(self, T: int) -> bool:
+        """Whether a block of T positions is smaller than it may be and than `MIN_BYTES`."""
+        return T < self.S and super().cache_bytes(T) < MIN_BYTES
+
     def vmem_bytes(self, T: int, chunk: int) -> int:
-        """As of the forward, with the logits' tangents or cotangents and the sums."""
-        declared = super().vmem_bytes(T, chunk)
-        sums = self.key.block_bytes(T, jnp.float32) + self.value.block_bytes(T, jnp.float32)
-        return declared + (sums if self.accumulates else 0)
+        """As of the forward, with sums, and 0/1 matrices between different columns."""
+        key, value = self.key, self.value
+        sums = key.block_bytes(T, jnp.float32) + value.block_bytes(T, jnp.float32)
+        # In three parts if exact.
+        selection = 3 * 4 * chunk * chunk * max(key.columns, value.columns)
+        return (
+            super().vmem_bytes(T, chunk)
+            + (sums if self.accumulates else 0)
+            + (0 if kernels.alike(key, value) else selection)
+        )
 
 
 def by_lane(plan: Plan, x: jax.Array) -> jax.Array:
@@ -83,58 +103,107 @@ def unview(layout: CacheLayout, x: jax.Array, S: int) -> jax.Array:
     return x.reshape(shape)
 
 
-def _traffic(sizes: Call, keys: int, values: int, *, accumulates: bool = False) -> Traffic:
-    return Traffic(
-        sizes.key, sizes.value, sizes.dtype, sizes.rows, sizes.V, sizes.S, keys, values, accumulates
-    )
+def _traffic(
+    sizes: Call, keys: int, values: int, products: int, *, accumulates: bool = False
+) -> Traffic:
+    given = (sizes.key, sizes.value, sizes.dtype, sizes.rows, sizes.V, sizes.S)
+    return Traffic(*given, keys, values, products, accumulates)
 
 
 def jvp_traffic(sizes: Call, wrt: Wrt) -> Traffic:
     """What the kernel of the tangents moves, if those of (query, key, value) in wrt are given."""
     reads_value = wrt[0] or wrt[1]
-    return _traffic(sizes, keys=1 + wrt[1], values=reads_value + wrt[2])
+    return _traffic(sizes, 1 + wrt[1], reads_value + wrt[2], 1 + sum(wrt) + reads_value)
 
 
 def vjp_traffic(sizes: Call, wrt: Wrt, *, with_o_bar: bool = True) -> Traffic:
     """What the kernel of the cotangents moves, if wrt asks for those of (query, key, value)."""
     reads_value = with_o_bar and (wrt[0] or wrt[1])
     accumulates = sizes.tiles > 1 and (wrt[1] or wrt[2])
-    return _traffic(sizes, keys=1 + wrt[1], values=reads_value + wrt[2], accumulates=accumulates)
+    products = 1 + sum(wrt) + reads_value
+    return _traffic(sizes, 1 + wrt[1], reads_value + wrt[2], products, accumulates=accumulates)
+
+
+def maximum_traffic(sizes: Call) -> Traffic:
+    """What the kernel of t* moves."""
+    return _traffic(sizes, 1, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What the kernels of one call depend on, beside arrays."""
+    """What the kernels of one call depend on, beside arrays.
 
-    sizes: Call
+    Attributes:
+      readings: how they can read the cache. Only the first sums cotangents of it over tiles.
+      chip: for which they are.
+      params: of the operation.
+    """
+
+    readings: tuple[Call, ...]
     chip: Chip
     params: RaggedAttentionParams
+
+    def choose(self, traffic_of: Callable[[Call], Traffic]) -> tuple[Call, block_size.Blocks] | str:
+        """The reading that computes least in the forward, and its blocks, or why there is none."""
+        chosen = [(x, traffic_of(x)) for x in self.readings]
+        chosen = [x for i, x in enumerate(chosen) if i == 0 or not x[1].accumulates]
+        blocks = [self._blocks(x) for _, x in chosen]
+        possible = [
+            (block_size.compute_cycles(sizes.problem, self.chip), i)
+            for i, (sizes, _) in enumerate(chosen)
+            if not isinstance(blocks[i], str)
+        ]
+        if not possible:
+            return str(blocks[0])
+        i = min(possible)[1]
+        found = blocks[i]
+        assert not isinstance(found, str)
+        return chosen[i][0], found
+
+    def _blocks(self, traffic: Traffic) -> block_size.Blocks | str:
+        asked = self.params.block_size
+        blocks = block_size.choose(traffic, self.chip, asked)
+        while asked is None and not isinstance(blocks, str) and traffic.is_short(blocks.T):
+            larger = block_size.choose(traffic, self.chip, 2 * blocks.T)
+            if isinstance(larger, str):
+                break
+            blocks = larger
+        return blocks
 
 
 def choose(
     query: Any, key: Any, value: Any, params: RaggedAttentionParams, chip: Chip
 ) -> Problem | str:
     """The kernels of a call, or why there are none."""
-    sizes = Call(query, key, value)
-    largest = vjp_traffic(sizes, (True, True, True))
-    blocks = block_size.choose(largest, chip, params.block_size)
-    return blocks if isinstance(blocks, str) else Problem(sizes, chip, params)
+    together, by_head = (Call(query, key, value, by_head=x) for x in (False, True))
+    separable = by_head.key.strided and by_head.value.strided
+    readings = (together, by_head) if separable else (together,)
+    problem = Problem(readings, chip, params)
+    largest = problem.choose(lambda x: vjp_traffic(x, (True, True, True)))
+    return largest if isinstance(largest, str) else problem
 
 
 class _Launch:
     """One kernel with its grid, over operands in the forms that the kernels know."""
 
     def __init__(
-        self, problem: Problem, traffic: Traffic, lo: jax.Array, hi: jax.Array, *, every: bool
+        self,
+        problem: Problem,
+        residuals: Residuals,
+        traffic_of: Callable[[Call], Traffic],
+        *,
+        writes: bool = False,
     ) -> None:
-        sizes, chip, params = problem.sizes, problem.chip, problem.params
-        blocks = block_size.choose(traffic, chip, params.block_size)
-        if isinstance(blocks, str):
-            raise NotImplementedError(f"ragged_attention: {blocks}. Pass block_size=None.")
+        chosen = problem.choose(traffic_of)
+        if isinstance(chosen, str):
+            raise NotImplementedError(f"ragged_attention: {chosen}. Pass block_size=None.")
+        sizes, blocks = chosen
+        lo = sizes.tile_windows(jnp.maximum(residuals.starts, 0))
+        hi = sizes.tile_windows(jnp.minimum(residuals.lengths, residuals.key.shape[1]))
         count = -(-sizes.S // blocks.T)
         self.sizes = sizes
-        self.plan = sizes.plan(blocks, chip, params)
-        self.walk = Walk(self.plan, sizes.V, count, every)
+        self.plan = sizes.plan(blocks, problem.chip, problem.params)
+        self.walk = Walk(self.plan, sizes.V, count, writes)
         self.work = WorkList.of(lo, hi, blocks.T, count, self.plan.cores)
         self._inputs: list[tuple[jax.Array, pl.BlockSpec]] = []
         self._outputs: list[tuple[Any, pl.BlockSpec]] = []
@@ -253,6 +322,11 @@ def _rows(sizes: Call, x: jax.Array) -> jax.Array:
     return sizes.to_rows(x[..., None])[..., 0]
 
 
+def _unrows(sizes: Call, x: jax.Array) -> jax.Array:
+    """[V, R] to [B, Q, Hq]."""
+    return sizes.from_rows(x[..., None])[..., 0]
+
+
 def _lse(plan: Plan, m: jax.Array, denominator: jax.Array) -> jax.Array:
     """Over `Plan.unit`; 0 for an empty window."""
     empty = denominator == 0
@@ -273,29 +347,22 @@ class _Derivatives:
     problem: Problem
     residuals: Residuals
 
-    @property
-    def sizes(self) -> Call:
-        return self.problem.sizes
+    def _launch(self, traffic_of: Callable[[Call], Traffic], *, writes: bool = False) -> _Launch:
+        return _Launch(self.problem, self.residuals, traffic_of, writes=writes)
 
-    def _launch(self, traffic: Traffic, *, every: bool = False) -> _Launch:
-        lengths, starts = self.residuals.lengths, self.residuals.starts
-        lo = self.sizes.tile_windows(jnp.maximum(starts, 0))
-        hi = self.sizes.tile_windows(jnp.minimum(lengths, self.residuals.key.shape[1]))
-        return _Launch(self.problem, traffic, lo, hi, every=every)
-
-    def _lse(self, plan: Plan) -> jax.Array:
+    def _lse(self, launch: _Launch) -> jax.Array:
         m, denominator = self.residuals.max_logits, self.residuals.denominator
-        return _lse(plan, _rows(self.sizes, m), _rows(self.sizes, denominator))
+        return _lse(launch.plan, *(_rows(launch.sizes, x) for x in (m, denominator)))
 
     def first_maximum(self) -> jax.Array:
-        """T* of each row: int32 [V, R]."""
-        launch = self._launch(_traffic(self.sizes, keys=1, values=0))
-        launch.rows(self.sizes.to_rows(self.residuals.query))
-        launch.cache(self.residuals.key, self.sizes.key)
+        """T*: int32 [B, Q, Hq]."""
+        launch = self._launch(maximum_traffic)
+        launch.rows(launch.sizes.to_rows(self.residuals.query))
+        launch.cache(self.residuals.key, launch.sizes.key)
         launch.lanes_by_core()
         launch.lanes_by_core(jnp.int32)
         _, first = _first(launch, *launch.run(kernels.maximum_kernel, "ragged_attention_maximum"))
-        return first
+        return _unrows(launch.sizes, first)
 
     def vjp(self, cotangents: Optional3, wrt: Wrt) -> Optional3:
         """As `lowering.reference.vjp`."""
@@ -304,7 +371,7 @@ class _Derivatives:
         with_maximum = (m_bar is not None or l_bar is not None) and (wrt[0] or wrt[1])
         at = self.first_maximum() if with_maximum else None
         passes = [kernel_wrt]
-        if self.sizes.tiles > 1:
+        if self.problem.readings[0].tiles > 1:
             # Sums over tiles and sums over blocks need grids of different order.
             passes = [(kernel_wrt[0], False, False), (False, *kernel_wrt[1:])]
         bars: list[jax.Array | None] = [None, None, None]
@@ -319,15 +386,15 @@ class _Derivatives:
         """The cotangents of those of (query, key, value) that wrt asks for, by one kernel."""
         if not any(wrt):
             return []
-        sizes, (query, key, value) = self.sizes, self.residuals[:3]
+        query, key, value = self.residuals[:3]
         o_bar = cotangents[0]
-        every = wrt[1] or wrt[2]
-        traffic = vjp_traffic(sizes, wrt, with_o_bar=o_bar is not None)
-        launch = self._launch(traffic, every=every)
-        plan = launch.plan
+        launch = self._launch(
+            lambda x: vjp_traffic(x, wrt, with_o_bar=o_bar is not None), writes=wrt[1] or wrt[2]
+        )
+        sizes, plan = launch.sizes, launch.plan
         if at is not None:
-            launch.lanes(at)
-        launch.lanes(self._lse(plan), *self._cotangents_by_row(cotangents))
+            launch.lanes(_rows(sizes, at))
+        launch.lanes(self._lse(launch), *(_rows(sizes, x) for x in self._u_and_a(cotangents)))
         launch.rows(sizes.to_rows(query))
         launch.cache(key, sizes.key)
         if o_bar is not None:
@@ -356,8 +423,8 @@ class _Derivatives:
                 bars.append(unview(layout, next(results), sizes.S)[:, : key.shape[1]])
         return bars
 
-    def _cotangents_by_row(self, cotangents: Optional3) -> tuple[jax.Array, jax.Array]:
-        """U and a, [V, R]."""
+    def _u_and_a(self, cotangents: Optional3) -> tuple[jax.Array, jax.Array]:
+        """Of each row, [B, Q, Hq]."""
         o_bar, m_bar, l_bar = cotangents
         out, denominator = self.residuals.out, self.residuals.denominator
         u = a = jnp.zeros_like(denominator)
@@ -368,16 +435,16 @@ class _Derivatives:
             a -= l_bar * denominator
         if m_bar is not None:
             a += m_bar
-        return _rows(self.sizes, u), _rows(self.sizes, a)
+        return u, a
 
     def jvp(self, tangents: Optional3) -> Arrays3:
         """As `lowering.reference.jvp`."""
-        sizes, (query, key, value) = self.sizes, self.residuals[:3]
+        query, key, value = self.residuals[:3]
         q_dot, k_dot, v_dot = tangents
         wrt = (q_dot is not None, k_dot is not None, v_dot is not None)
-        launch = self._launch(jvp_traffic(sizes, wrt))
-        plan = launch.plan
-        launch.lanes(self._lse(plan))
+        launch = self._launch(lambda x: jvp_traffic(x, wrt))
+        sizes, plan = launch.sizes, launch.plan
+        launch.lanes(self._lse(launch))
         launch.rows(sizes.to_rows(query))
         launch.cache(key, sizes.key)
         if wrt[0] or wrt[1]:
@@ -397,7 +464,7 @@ class _Derivatives:
         z_sum, m_dot = (lanes_by_row(plan, launch.visited(x, 0)) for x in (z_sum, m_dot))
         m_dot = jnp.where(at == first, m_dot, 0).sum(axis=0)
         o_sum = sizes.from_rows(launch.visited(o_sum, 0).sum(axis=0))
-        z_sum, m_dot = (sizes.from_rows(x[..., None])[..., 0] for x in (z_sum.sum(axis=0), m_dot))
+        z_sum, m_dot = (_unrows(sizes, x) for x in (z_sum.sum(axis=0), m_dot))
         out, denominator = self.residuals.out, self.residuals.denominator
         o_dot = o_sum - z_sum[..., None] * out.astype(jnp.float32)
         return o_dot.astype(out.dtype), m_dot, denominator * (z_sum - m_dot)

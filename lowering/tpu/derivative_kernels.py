@@ -25,7 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
+from jax_ragged.lowering._compat import interpret_mode
 from jax_ragged.lowering.tpu import forward_kernel as forward
 from jax_ragged.lowering.tpu.forward_kernel import LOG2_E, Plan, Slices, Windows
 from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form
@@ -43,29 +45,20 @@ def _of(plan: Plan, layout: CacheLayout) -> Plan:
     return dataclasses.replace(plan, key=layout)
 
 
-def _alike(x: CacheLayout, y: CacheLayout) -> bool:
+def alike(x: CacheLayout, y: CacheLayout) -> bool:
     """Whether logits have the same columns."""
     return (x.interleaved, x.columns) == (y.interleaved, y.columns)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Valid:
-    """A block of a cache that reads zeros outside of the windows."""
-
-    ref: Any
-    layout: CacheLayout
-    j: Any
-    windows: Windows | None
-
-    @property
-    def dtype(self) -> Any:
-        return self.ref.dtype
-
-    def __getitem__(self, index: Any) -> jax.Array:
-        x: jax.Array = self.ref[index]
-        if self.windows is None:
-            return x
-        return self.windows.zero_outside(x, self.layout, jnp.asarray(self.j, jnp.int32))
+def _loaded(
+    ref: Any, layout: CacheLayout, plan: Plan, j: Any, windows: Windows | None, head: int = 0
+) -> jax.Array:
+    """Chunk j of a cache, or of one head of it, with zeros outside of the windows."""
+    if layout.interleaved:
+        x = forward._token_rows(ref, layout, plan, j)
+    else:
+        x = forward._head_block(ref, layout, plan, j, head)
+    return x if windows is None else windows.zero_outside(x, layout, jnp.asarray(j, jnp.int32))
 
 
 def _heads(layout: CacheLayout, plan: Plan) -> Iterator[slice]:
@@ -83,19 +76,21 @@ def _joined_tiles(x: jax.Array, plan: Plan) -> jax.Array:
     return jnp.concatenate(tiles, axis=1) if len(tiles) > 1 else x
 
 
-def _all_products(rows: jax.Array, ref: Any, layout: CacheLayout, plan: Plan, j: Any) -> Slices:
+def _all_products(
+    rows: jax.Array, ref: Any, layout: CacheLayout, plan: Plan, j: Any, windows: Windows | None
+) -> Slices:
     """Rows [R, n] times chunk j of a cache: [R, 128] for each 128 columns."""
     if not layout.interleaved:
         by_head = [
             forward._dot(
                 rows[head],
-                forward._head_block(ref, layout, plan, j, h),
+                _loaded(ref, layout, plan, j, windows, h),
                 transposed=layout.form is not Form.SEQUENCE,
             )
             for h, head in enumerate(_heads(layout, plan))
         ]
         return forward._slices(jnp.concatenate(by_head, axis=0))
-    block = forward._token_rows(ref, layout, plan, j)
+    block = _loaded(ref, layout, plan, j, windows)
     x = forward._slices(forward._dot(_tiles(rows, layout), block, transposed=True))
     R = plan.rows
     return [
@@ -115,11 +110,11 @@ def _products(
 ) -> Slices:
     """Rows [R, n] times chunk j of a cache, in the rows and columns of the logits."""
     own = _of(plan, layout)
-    alike = _alike(layout, plan.key)
-    # What brings columns to others sums with zeros.
-    x = _all_products(rows, ref if alike else _Valid(ref, layout, j, windows), layout, plan, j)
+    same = alike(layout, plan.key)
+    # What brings columns to others sums with zeros; else masks follow.
+    x = _all_products(rows, ref, layout, plan, j, None if same else windows)
     x = [forward._compact(own, y) for y in x] if own.compact else x
-    if alike:
+    if same:
         return x
     x = forward._slices(_in_columns(x, own, plan.key, ref.dtype).astype(jnp.float32))
     return [forward._compact(plan, y) for y in x] if plan.compact else x
@@ -141,12 +136,12 @@ def _in_columns(x: Slices, plan: Plan, layout: CacheLayout, dtype: Any) -> jax.A
     What the matrices select are sums of one term, so nothing is lost.
     """
     source, chunk = plan.key, plan.blocks.chunk
-    alike = _alike(source, layout)
+    same = alike(source, layout)
     spread = [forward._spread(plan, y) for y in x]
-    if not plan.compact and source.columns > 1 and not alike:
+    if not plan.compact and source.columns > 1 and not same:
         spread = [_own(y, plan, source, i) for i, y in enumerate(spread)]
     joined = jnp.concatenate(spread, axis=1)
-    if alike:
+    if same:
         return joined
     joined = joined.astype(dtype)
     if source.columns > 1:
@@ -184,13 +179,12 @@ def _weighted(
     weights: jax.Array, ref: Any, layout: CacheLayout, plan: Plan, j: Any, windows: Windows | None
 ) -> jax.Array:
     """The sum of chunk j of a cache by `_weights`: [R, n], or [tiles R, 128]."""
-    valid = _Valid(ref, layout, j, windows)
     if layout.interleaved:
-        return forward._dot(weights, forward._token_rows(valid, layout, plan, j))
+        return forward._dot(weights, _loaded(ref, layout, plan, j, windows))
     sums = [
         forward._dot(
             weights[head],
-            forward._head_block(valid, layout, plan, j, h),
+            _loaded(ref, layout, plan, j, windows, h),
             transposed=layout.form is Form.SEQUENCE,
         )
         for h, head in enumerate(_heads(layout, plan))
@@ -224,14 +218,58 @@ class _Sum:
             pair = self.weights[head], self.rows[head]
             yield pair[::-1] if self.layout.form is Form.SEQUENCE else pair
 
-    def store(self, part: int, x: jax.Array, plan: Plan, j: Any, *, add: bool) -> None:
-        """The part of chunk j."""
-        n = plan.blocks.chunk * self.layout.columns
-        chunk = pl.ds(j * n if isinstance(j, int) else pl.multiple_of(j * n, n), n)
-        index: tuple[Any, ...] = (0, chunk) if self.layout.interleaved else (0, part, chunk)
-        if self.layout.form is Form.SEQUENCE:
+    @property
+    def together(self) -> int:
+        """Parts that are stored at once: of strided heads, those that share words."""
+        return self.layout.packing if self.layout.strided else 1
+
+    def store(self, part: int, products: Slices, plan: Plan, j: Any, *, add: bool) -> None:
+        """The products from a part on, of chunk j."""
+        layout = self.layout
+        if layout.strided:
+            for tile in range(layout.tiles):
+                word = layout.row(tile, part) // layout.packing
+                words = _packed([forward._slices(x)[tile] for x in products])
+                _store_words(self.ref, layout, plan, j, word, words)
+            return
+        (x,) = products
+        chunk = _rows_of_chunk(plan.blocks.chunk * layout.columns, j)
+        index: tuple[Any, ...] = (0, chunk) if layout.interleaved else (0, part, chunk)
+        if layout.form is Form.SEQUENCE:
             index = (0, part, slice(None), chunk)
         self.ref[index] = self.ref[index] + x if add else x.astype(self.ref.dtype)
+
+
+def _rows_of_chunk(n: int, j: Any) -> Any:
+    """Those of chunk j, if it has n."""
+    return pl.ds(j * n if isinstance(j, int) else pl.multiple_of(j * n, n), n)
+
+
+def _packed(x: Slices) -> jax.Array:
+    """One float32, or two as the bfloat16 that share words of 32 bits."""
+    if len(x) == 1:
+        return x[0]
+    even, odd = (
+        lax.bitcast_convert_type(y.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for y in x
+    )
+    return odd | lax.shift_right_logical(even, jnp.int32(16))
+
+
+def _store_words(
+    ref: Any, layout: CacheLayout, plan: Plan, j: Any, word: int, x: jax.Array
+) -> None:
+    """Writes one of the words of each token of chunk j, the inverse of `_strided_words`."""
+    n, stride = plan.blocks.chunk, layout.stride
+    if layout.packing > 1 and interpret_mode() is not None:
+        # The interpreter knows no views of a ref in another dtype.
+        rows = pltpu.bitcast(forward._token_rows(ref, layout, plan, j), jnp.int32)
+        spread = jnp.broadcast_to(x[:, None], (n, stride, x.shape[1])).reshape(rows.shape)
+        place = forward._remainder(lax.broadcasted_iota(jnp.int32, rows.shape, 0), stride)
+        rows = jnp.where(place == word, spread, rows)
+        ref[0, _rows_of_chunk(n * layout.rows, j)] = pltpu.bitcast(rows, ref.dtype)
+        return
+    words = ref if layout.packing == 1 else ref.bitcast(jnp.int32)
+    words.at[0, _rows_of_chunk(n * stride, j), :][pl.ds(word, n, stride=stride), :] = x
 
 
 def _outers(factors: Sequence[tuple[jax.Array, jax.Array]]) -> Sequence[jax.Array]:
@@ -247,13 +285,16 @@ def _outers(factors: Sequence[tuple[jax.Array, jax.Array]]) -> Sequence[jax.Arra
 
 
 def _store(sums: list[_Sum], plan: Plan, j: Any, *, add: bool) -> None:
-    """The parts of chunk j."""
+    """What chunk j gives."""
     parts = [list(x.factors(plan)) for x in sums]
-    together = len({len(x) for x in parts}) == 1
-    for group in [range(len(sums))] if together else [[i] for i in range(len(sums))]:
-        for part, factors in enumerate(zip(*(parts[i] for i in group), strict=True)):
-            for i, product in zip(group, _outers(factors), strict=True):
-                sums[i].store(part, product, plan, j, add=add)
+    alike = len({(len(x), y.together) for x, y in zip(parts, sums, strict=True)}) == 1
+    for group in [range(len(sums))] if alike else [[i] for i in range(len(sums))]:
+        step = sums[group[0]].together
+        for first in range(0, len(parts[group[0]]), step):
+            factors = zip(*(parts[i][first : first + step] for i in group), strict=True)
+            products = [_outers(x) for x in factors]
+            for i, of_one in zip(group, zip(*products, strict=True), strict=True):
+                sums[i].store(first, list(of_one), plan, j, add=add)
 
 
 def sum_shape(layout: CacheLayout, plan: Plan) -> tuple[int, int]:
