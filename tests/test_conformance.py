@@ -32,7 +32,6 @@ _TPU = (
     "soft_cap_scale",
     "mask_value",
     "bfloat16_queries",
-    "float16",
     "float64",
     "tiles_gqa",
     "tiles_queries",

@@ -162,7 +162,6 @@ class TestUnsupported:
             ({"dtype": "float32"}, "float32"),
             ({"D": 96}, "96"),
             ({"Dv": 32}, "32"),
-            ({"block_size": 128}, "block_size"),
             ({"S": 101}, "202"),
             ({"S": 0}, "nothing"),
         ],
@@ -171,6 +170,14 @@ class TestUnsupported:
         reason = _reason(**changes)
         assert reason is not None
         assert says in reason
+
+    def test_block_size(self) -> None:
+        """It is refused where it alone stands in the way."""
+        with pytest.raises(NotImplementedError, match=r"got block_size=128.*block_size=64, None"):
+            _reason(block_size=128)
+        reason = _reason(block_size=128, dtype="float32")
+        assert reason is not None
+        assert "float32" in reason
 
     def test_derivatives(self) -> None:
         implementation = dispatch.Implementation("cuda", H200)

@@ -50,7 +50,11 @@ def unsupported(
     params: RaggedAttentionParams,
     device_kind: str | None,
 ) -> str | None:
-    """Why a call is left to the reference, or None."""
+    """Why a call is left to the reference, or None.
+
+    Raises:
+      NotImplementedError: for a block size that alone stands in the way.
+    """
     del operation  # there is forward only
     sizes = (*query.shape, *key.shape, *value.shape)
     if not all(isinstance(n, int) for n in sizes):
@@ -68,13 +72,17 @@ def unsupported(
     D, Dv = key.shape[3], value.shape[3]
     if D not in _HEAD_DIMS or Dv not in _HEAD_DIMS:
         return f"the kernel takes head dimensions of {_HEAD_DIMS}, and these are {D} and {Dv}"
-    if params.block_size not in (None, _BLOCK_SIZE):
-        return f"the kernel reads blocks of {_BLOCK_SIZE}, and block_size is {params.block_size}"
     positions = key.shape[0] * key.shape[1]
     if positions % SWIZZLE_ROWS:
         return f"B * S must be a multiple of {SWIZZLE_ROWS} for the kernel, and is {positions}"
     if positions > _MOST_POSITIONS:
         return f"the kernel counts up to {_MOST_POSITIONS} positions, and B * S is {positions}"
+    if params.block_size not in (None, _BLOCK_SIZE):
+        raise NotImplementedError(
+            f"ragged_attention: the GPU kernel reads blocks of {_BLOCK_SIZE} positions; got "
+            f"block_size={params.block_size}. Pass block_size={_BLOCK_SIZE}, None to let the "
+            "lowering choose, or implementation='reference'."
+        )
     return None
 
 

@@ -32,16 +32,21 @@ def unsupported(
     """Why a call is left to the reference, or None.
 
     Raises:
-      NotImplementedError: for a chip or a head dimension that no kernel takes, and for a block
-        size that alone stands in the way.
+      NotImplementedError: for a chip, a dtype or a head dimension that no kernel takes, and for a
+        block size that alone stands in the way.
     """
     sizes = (*query.shape, *key.shape, *value.shape)
     if not all(isinstance(n, int) for n in sizes):
         return "a Pallas kernel needs static shapes, and these are symbolic"
-    if query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"Mosaic, the TPU kernel compiler, does not take {query.dtype}"
+    if query.dtype == jnp.float64:
+        return "Mosaic, the TPU kernel compiler, does not take float64"
     chip = chip_of(device_kind)
     advice = "Pass implementation='reference'."
+    if query.dtype == jnp.float16:
+        raise NotImplementedError(
+            "ragged_attention: Mosaic, the TPU kernel compiler, does not take float16. "
+            "Pass bfloat16 or float32 operands, or implementation='reference'."
+        )
     if chip.reason is not None:
         raise NotImplementedError(f"ragged_attention: {chip.reason}; got {device_kind}. {advice}")
     largest = max(query.shape[-1], value.shape[-1])
