@@ -14,6 +14,9 @@ from jax.interpreters import mlir
 # enum, True inlines when lowering only.
 INLINE_EQUATIONS: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
 
+# XLA on CPUs, before 0.12, updates a part of a bfloat16 array by widening all of it.
+CPU_UPDATES_BFLOAT16 = jax.__version_info__ >= (0, 12)
+
 
 def interpret_mode() -> Any:
     """The parameters of `pltpu.force_tpu_interpret_mode`, or None outside of it.

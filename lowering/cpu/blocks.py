@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_ragged.lowering._compat import pcast_to_varying, varying_axes
+from jax_ragged.lowering._compat import CPU_UPDATES_BFLOAT16, pcast_to_varying, varying_axes
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import statistics_dtype
 
@@ -27,8 +27,6 @@ _BLOCK_ELEMENTS = 1 << 16
 _HEADS_CONCATENATED = 8
 # Up to so many rows that share a key head, sums of products are faster than a dot of short rows.
 _ROWS_UNROLLED = 16
-# XLA before jax 0.12 updates an array of bfloat16 by widening all of it, at every block.
-_UPDATES_BFLOAT16 = jax.__version_info__ >= (0, 12)
 
 
 def block_size(S: int, row_elements: int, asked: int | None) -> int:
@@ -155,7 +153,7 @@ def zero_cache(like: jax.Array, tie: jax.Array) -> jax.Array:
     XLA would make a constant once, and copy it on one core for each use but one. So the zero is
     computed from `tie`, in a way that XLA does not see through.
     """
-    bits = like.dtype == jnp.bfloat16 and not _UPDATES_BFLOAT16
+    bits = like.dtype == jnp.bfloat16 and not CPU_UPDATES_BFLOAT16
     dtype = jnp.uint16 if bits else like.dtype
     zero = (jnp.abs(tie[(0,) * tie.ndim]) < -1).astype(dtype)
     return jnp.broadcast_to(zero, like.shape)
