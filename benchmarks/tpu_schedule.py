@@ -402,24 +402,32 @@ def _plot(rows: list[Row], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
     mine = [r for r in rows if r.ratio is not None]
-    cases = list(dict.fromkeys(r.case for r in mine))
-    generations = list(dict.fromkeys(r.generation for r in mine))
+    kernels, cases, generations = (
+        list(dict.fromkeys(getattr(r, name) for r in mine))
+        for name in ("kernel", "case", "generation")
+    )
+    figure, panels = plt.subplots(
+        len(kernels), figsize=(10, 2.6 * len(kernels)), layout="constrained", squeeze=False
+    )
     width = 0.8 / len(generations)
-    for i, generation in enumerate(generations):
-        ratios = {r.case: r.ratio for r in mine if r.generation == generation}
-        axes.bar(
-            [j + (i - (len(generations) - 1) / 2) * width for j in range(len(cases))],
-            [ratios.get(case) or 0.0 for case in cases],
-            width,
-            label=generation,
-        )
-    axes.axhline(GOAL, color="black", linestyle="--", linewidth=1, label=f"goal {GOAL}")
-    axes.set_xticks(range(len(cases)), cases)
-    axes.set_ylabel("bundles of a step / cycles of its DMA")
-    axes.set_xlabel("Hq/Hkv/D, bfloat16, default block size")
-    axes.legend(ncols=len(generations) + 1, fontsize="small")
+    for kernel, axes in zip(kernels, panels[:, 0], strict=True):
+        for i, generation in enumerate(generations):
+            ratios = {
+                r.case: r.ratio for r in mine if (r.generation, r.kernel) == (generation, kernel)
+            }
+            axes.bar(
+                [j + (i - (len(generations) - 1) / 2) * width for j in range(len(cases))],
+                [ratios.get(case) or 0.0 for case in cases],
+                width,
+                label=generation,
+            )
+        axes.axhline(GOAL, color="black", linestyle="--", linewidth=1, label=f"goal {GOAL}")
+        axes.set_xticks(range(len(cases)), cases)
+        axes.set_title("forward" if kernel == "ours" else kernel, fontsize="medium")
+    figure.supylabel("bundles of a step / cycles of its DMA")
+    figure.supxlabel("Hq/Hkv/D, bfloat16, default block size")
+    panels[0, 0].legend(ncols=len(generations) + 1, fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -469,7 +477,7 @@ def main(argv: list[str]) -> None:
     over = [r for r in rows if r.ratio is not None and r.ratio > GOAL]
     print(f"\n{len(over)} of {len(rows)} over the goal of {GOAL}:")
     for row in over:
-        print(f"  {row.generation} {row.case}: {row.ratio:.2f}")
+        print(f"  {row.generation} {row.kernel} {row.case}: {row.ratio:.2f}")
     if _SAVE.value:
         _save(rows)
 
