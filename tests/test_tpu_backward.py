@@ -20,7 +20,7 @@ from jax_ragged.lowering.tpu import backward
 from jax_ragged.lowering.tpu.block_size import Blocks
 from jax_ragged.lowering.tpu.call import MAX_ROWS
 from jax_ragged.lowering.tpu.chips import chip_of
-from jax_ragged.lowering.tpu.forward_kernel import Plan
+from jax_ragged.lowering.tpu.chunks import Plan
 from jax_ragged.lowering.tpu.layout import CacheLayout
 from jax_ragged.lowering.tpu.walk import Walk
 from jax_ragged.lowering.tpu.work_list import WorkList

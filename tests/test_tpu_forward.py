@@ -19,7 +19,7 @@ from cases import Case, Operands, assert_results, ids, poison
 from jax_ragged import RaggedAttention, ragged_attention
 from jax_ragged.lowering import tpu
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.tpu import call, forward_kernel, work_list
+from jax_ragged.lowering.tpu import call, chunks, work_list
 from jax_ragged.lowering.tpu.block_size import Blocks
 from jax_ragged.lowering.tpu.chips import chip_of
 from jax_ragged.lowering.tpu.layout import CacheLayout
@@ -213,7 +213,7 @@ def test_strided_words(H: int, D: int) -> None:
     def kernel(x_ref: Any, out_ref: Any) -> None:
         plan: Any = SimpleNamespace(blocks=Blocks(S, chunk, 0))
         for j, head in itertools.product(range(S // chunk), range(H)):
-            block = forward_kernel._strided_block(x_ref, layout, plan, j, head)
+            block = chunks.head_block(x_ref, layout, plan, j, head)
             out_ref[head, pl.ds(j * chunk, chunk)] = block
 
     shape = jax.ShapeDtypeStruct((H, S, D), jnp.bfloat16)

@@ -16,8 +16,8 @@ from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu import block_size, derivative_kernels as kernels
 from jax_ragged.lowering.tpu.call import Call
 from jax_ragged.lowering.tpu.chips import MIB, Chip
+from jax_ragged.lowering.tpu.chunks import Plan
 from jax_ragged.lowering.tpu.derivative_kernels import NOWHERE, Wrt
-from jax_ragged.lowering.tpu.forward_kernel import Plan
 from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form
 from jax_ragged.lowering.tpu.walk import Walk
 from jax_ragged.lowering.tpu.work_list import SCALARS, WorkList

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu.block_size import Blocks, Problem
 from jax_ragged.lowering.tpu.chips import Chip
-from jax_ragged.lowering.tpu.forward_kernel import Plan
+from jax_ragged.lowering.tpu.chunks import Plan
 from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheLayout, round_up
 
 # Rows of (head, query) in one step; more queries are cut in tiles, each of which reads the cache.

@@ -1,7 +1,7 @@
 """The kernels of the derivatives, each over the blocks of the cache in place.
 
 Formulas are those of `lowering.reference`, with the softmax normalised: for the logits z of the
-columns of a chunk, in the rows and columns of the forward kernel (`forward_kernel`),
+columns of a chunk, in the rows and columns of the forward kernel (`chunks`),
 
     p = exp(z - lse)        lse = m + log l        u = l l' - <o', o>        a = m' - l l'
 
@@ -28,8 +28,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_ragged.lowering._compat import interpret_mode
-from jax_ragged.lowering.tpu import forward_kernel as forward
-from jax_ragged.lowering.tpu.forward_kernel import LOG2_E, Plan, Slices, Windows
+from jax_ragged.lowering.tpu.chunks import (
+    LOG2_E,
+    Plan,
+    Slices,
+    Windows,
+    column_by_lane,
+    compact_heads,
+    dot,
+    head_block,
+    lane_slices,
+    mask_logits,
+    quotient,
+    remainder,
+    rotate,
+    spread_heads,
+    token_by_lane,
+    token_rows,
+)
 from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form
 from jax_ragged.lowering.tpu.walk import Step, Walk
 from jax_ragged.lowering.tpu.work_list import WorkList
@@ -55,9 +71,9 @@ def _loaded(
 ) -> jax.Array:
     """Chunk j of a cache, or of one head of it, with zeros outside of the windows."""
     if layout.interleaved:
-        x = forward._token_rows(ref, layout, plan, j)
+        x = token_rows(ref, layout, plan, j)
     else:
-        x = forward._head_block(ref, layout, plan, j, head)
+        x = head_block(ref, layout, plan, j, head)
     return x if windows is None else windows.zero_outside(x, layout, jnp.asarray(j, jnp.int32))
 
 
@@ -67,7 +83,7 @@ def _heads(layout: CacheLayout, plan: Plan) -> Iterator[slice]:
 
 def _tiles(rows: jax.Array, layout: CacheLayout) -> jax.Array:
     """[R, n] as rows of the form TOKENS: [tiles R, lanes]."""
-    return jnp.concatenate(forward._slices(rows), axis=0) if layout.tiles > 1 else rows
+    return jnp.concatenate(lane_slices(rows), axis=0) if layout.tiles > 1 else rows
 
 
 def _joined_tiles(x: jax.Array, plan: Plan) -> jax.Array:
@@ -82,24 +98,21 @@ def _all_products(
     """Rows [R, n] times chunk j of a cache: [R, 128] for each 128 columns."""
     if not layout.interleaved:
         by_head = [
-            forward._dot(
+            dot(
                 rows[head],
                 _loaded(ref, layout, plan, j, windows, h),
                 transposed=layout.form is not Form.SEQUENCE,
             )
             for h, head in enumerate(_heads(layout, plan))
         ]
-        return forward._slices(jnp.concatenate(by_head, axis=0))
+        return lane_slices(jnp.concatenate(by_head, axis=0))
     block = _loaded(ref, layout, plan, j, windows)
-    x = forward._slices(forward._dot(_tiles(rows, layout), block, transposed=True))
+    x = lane_slices(dot(_tiles(rows, layout), block, transposed=True))
     R = plan.rows
     return [
         functools.reduce(
             jnp.add,
-            [
-                forward._rotate(y[i * R : (i + 1) * R], -i * layout.heads)
-                for i in range(layout.tiles)
-            ],
+            [rotate(y[i * R : (i + 1) * R], -i * layout.heads) for i in range(layout.tiles)],
         )
         for y in x
     ]
@@ -113,11 +126,11 @@ def _products(
     same = alike(layout, plan.key)
     # What brings columns to others sums with zeros; else masks follow.
     x = _all_products(rows, ref, layout, plan, j, None if same else windows)
-    x = [forward._compact(own, y) for y in x] if own.compact else x
+    x = [compact_heads(own, y) for y in x] if own.compact else x
     if same:
         return x
-    x = forward._slices(_in_columns(x, own, plan.key, ref.dtype).astype(jnp.float32))
-    return [forward._compact(plan, y) for y in x] if plan.compact else x
+    x = lane_slices(_in_columns(x, own, plan.key, ref.dtype).astype(jnp.float32))
+    return [compact_heads(plan, y) for y in x] if plan.compact else x
 
 
 def _selection(layout: CacheLayout, chunk: int, dtype: Any, *, tokens_first: bool) -> jax.Array:
@@ -126,7 +139,7 @@ def _selection(layout: CacheLayout, chunk: int, dtype: Any, *, tokens_first: boo
     shape = shape[::-1] if tokens_first else shape
     column = lax.broadcasted_iota(jnp.int32, shape, 1 if tokens_first else 0)
     token = lax.broadcasted_iota(jnp.int32, shape, 0 if tokens_first else 1)
-    same = forward._quotient(column, layout.columns) == token
+    same = quotient(column, layout.columns) == token
     return jnp.where(same, 1.0, 0.0).astype(dtype)
 
 
@@ -137,7 +150,7 @@ def _in_columns(x: Slices, plan: Plan, layout: CacheLayout, dtype: Any) -> jax.A
     """
     source, chunk = plan.key, plan.blocks.chunk
     same = alike(source, layout)
-    spread = [forward._spread(plan, y) for y in x]
+    spread = [spread_heads(plan, y) for y in x]
     if not plan.compact and source.columns > 1 and not same:
         spread = [_own(y, plan, source, i) for i, y in enumerate(spread)]
     joined = jnp.concatenate(spread, axis=1)
@@ -146,19 +159,19 @@ def _in_columns(x: Slices, plan: Plan, layout: CacheLayout, dtype: Any) -> jax.A
     joined = joined.astype(dtype)
     if source.columns > 1:
         select = _selection(source, chunk, dtype, tokens_first=False)
-        joined = forward._dot(joined, select).astype(dtype)
+        joined = dot(joined, select).astype(dtype)
     if layout.columns == 1:
         return joined
     select = _selection(layout, chunk, dtype, tokens_first=True)
-    columns = forward._slices(forward._dot(joined, select))
+    columns = lane_slices(dot(joined, select))
     return jnp.concatenate([_own(y, plan, layout, i) for i, y in enumerate(columns)], axis=1)
 
 
 def _own(x: jax.Array, plan: Plan, layout: CacheLayout, index: int) -> jax.Array:
     """The index-th 128 columns, 0 in those of other heads than the row's: [R, 128]."""
-    column = forward._column(x.shape[0], index * LANES, layout.columns)
+    column = column_by_lane(x.shape[0], index * LANES, layout.columns)
     row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    own = (column == forward._quotient(row, plan.head_rows)) & (column < layout.heads)
+    own = (column == quotient(row, plan.head_rows)) & (column < layout.heads)
     return jnp.where(own, x, 0.0)
 
 
@@ -166,9 +179,9 @@ def _weights(x: Slices, layout: CacheLayout, plan: Plan, dtype: Any) -> jax.Arra
     """Weights of the columns of the logits as those of a cache: [R, columns], or [tiles R, ...]."""
     joined = _in_columns(x, plan, layout, dtype)
     if layout.interleaved and layout.tiles > 1:
-        slices = forward._slices(joined)
+        slices = lane_slices(joined)
         tiles = [
-            jnp.concatenate([forward._rotate(y, i * layout.heads) for y in slices], axis=1)
+            jnp.concatenate([rotate(y, i * layout.heads) for y in slices], axis=1)
             for i in range(layout.tiles)
         ]
         joined = jnp.concatenate(tiles, axis=0)
@@ -180,9 +193,9 @@ def _weighted(
 ) -> jax.Array:
     """The sum of chunk j of a cache by `_weights`: [R, n], or [tiles R, 128]."""
     if layout.interleaved:
-        return forward._dot(weights, _loaded(ref, layout, plan, j, windows))
+        return dot(weights, _loaded(ref, layout, plan, j, windows))
     sums = [
-        forward._dot(
+        dot(
             weights[head],
             _loaded(ref, layout, plan, j, windows, h),
             transposed=layout.form is Form.SEQUENCE,
@@ -193,7 +206,7 @@ def _weighted(
 
 
 def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-    """X' y, as `forward_kernel._dot`."""
+    """X' y, as `dot`."""
     exact = lax.Precision.HIGHEST if y.dtype == jnp.float32 else None
     return lax.dot_general(
         x, y, (((0,), (0,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
@@ -215,8 +228,8 @@ class _Sum:
             yield self.weights, _tiles(self.rows, self.layout)
             return
         for head in _heads(self.layout, plan):
-            pair = self.weights[head], self.rows[head]
-            yield pair[::-1] if self.layout.form is Form.SEQUENCE else pair
+            weights, rows = self.weights[head], self.rows[head]
+            yield (rows, weights) if self.layout.form is Form.SEQUENCE else (weights, rows)
 
     @property
     def together(self) -> int:
@@ -229,7 +242,7 @@ class _Sum:
         if layout.strided:
             for tile in range(layout.tiles):
                 word = layout.row(tile, part) // layout.packing
-                words = _packed([forward._slices(x)[tile] for x in products])
+                words = _packed([lane_slices(x)[tile] for x in products])
                 _store_words(self.ref, layout, plan, j, word, words)
             return
         (x,) = products
@@ -258,13 +271,13 @@ def _packed(x: Slices) -> jax.Array:
 def _store_words(
     ref: Any, layout: CacheLayout, plan: Plan, j: Any, word: int, x: jax.Array
 ) -> None:
-    """Writes one of the words of each token of chunk j, the inverse of `_strided_words`."""
+    """Writes one of the words of each token of chunk j, the inverse of how `chunks` reads them."""
     n, stride = plan.blocks.chunk, layout.stride
     if layout.packing > 1 and interpret_mode() is not None:
         # The interpreter knows no views of a ref in another dtype.
-        rows = pltpu.bitcast(forward._token_rows(ref, layout, plan, j), jnp.int32)
+        rows = pltpu.bitcast(token_rows(ref, layout, plan, j), jnp.int32)
         spread = jnp.broadcast_to(x[:, None], (n, stride, x.shape[1])).reshape(rows.shape)
-        place = forward._remainder(lax.broadcasted_iota(jnp.int32, rows.shape, 0), stride)
+        place = remainder(lax.broadcasted_iota(jnp.int32, rows.shape, 0), stride)
         rows = jnp.where(place == word, spread, rows)
         ref[0, _rows_of_chunk(n * layout.rows, j)] = pltpu.bitcast(rows, ref.dtype)
         return
@@ -331,11 +344,10 @@ class _Logits:
             dz = [p.softmax_scale * (1 - x * x) for x in tanh]
         elif p.softmax_scale <= 0:
             z = [x * p.softmax_scale for x in z]
-        z = [forward._masked(x, plan, j, index, windows) for index, x in enumerate(z)]
+        z = [mask_logits(x, plan, j, index, windows) for index, x in enumerate(z)]
         base = start + j * plan.blocks.chunk
         position = [
-            forward._token(plan.P, index * LANES, plan.key.columns) + base
-            for index in range(len(z))
+            token_by_lane(plan.P, index * LANES, plan.key.columns) + base for index in range(len(z))
         ]
         return cls(z, dz, position)
 
@@ -419,7 +431,7 @@ def vjp_kernel(
         def _() -> None:
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
-    starts = step.valid & (forward._remainder(step.row, plan.tiles) == 0)
+    starts = step.valid & (remainder(step.row, plan.tiles) == 0)
     whole = step.touched & step.inner if not accumulates else False
 
     @pl.when(starts & jnp.logical_not(whole))
@@ -475,7 +487,7 @@ def vjp_kernel(
 
     if accumulates:
 
-        @pl.when(step.valid & (forward._remainder(step.row, plan.tiles) == plan.tiles - 1))
+        @pl.when(step.valid & (remainder(step.row, plan.tiles) == plan.tiles - 1))
         def _write_sums() -> None:
             for ref, total in zip(bar_refs, sum_refs, strict=True):
                 if ref is not None and total is not None:
@@ -505,32 +517,32 @@ class _Maximum:
     def update(self, logits: list[_Logits], z_dot: list[Slices] | None = None) -> None:
         """By chunks in order."""
         m, at = self.m_ref[...], self.at_ref[...]
-        dot = None if z_dot is None else self.dot_ref[...]
+        tangent = None if z_dot is None else self.dot_ref[...]
         z = [x for chunk in logits for x in chunk.z]
         position = [x for chunk in logits for x in chunk.position]
         tangents = [None] * len(z) if z_dot is None else [x for chunk in z_dot for x in chunk]
         for x, t, x_dot in zip(z, position, tangents, strict=True):
             moved = x > m
             m, at = jnp.where(moved, x, m), jnp.where(moved, t, at)
-            if x_dot is not None and dot is not None:
-                dot = jnp.where(moved, x_dot, dot)
+            if x_dot is not None and tangent is not None:
+                tangent = jnp.where(moved, x_dot, tangent)
         self.m_ref[...], self.at_ref[...] = m, at
-        if dot is not None:
-            self.dot_ref[...] = dot
+        if tangent is not None:
+            self.dot_ref[...] = tangent
 
     def finish(self, plan: Plan, m_out: Any, at_out: Any, dot_out: Any = None) -> None:
         """Writes the results by lane, or by row, if a row has a row of lanes to itself."""
         m, at = self.m_ref[...], self.at_ref[...]
-        dot = None if dot_out is None else self.dot_ref[...]
+        tangent = None if dot_out is None else self.dot_ref[...]
         if not plan.compact:
             largest = m.max(axis=1, keepdims=True)
             first = jnp.where(m == largest, at, NOWHERE).min(axis=1, keepdims=True)
-            if dot is not None:
-                dot = _as_row(jnp.where(at == first, dot, 0).sum(axis=1, keepdims=True))
+            if tangent is not None:
+                tangent = _as_row(jnp.where(at == first, tangent, 0).sum(axis=1, keepdims=True))
             m, at = _as_row(largest), _as_row(first)
         m_out[0, 0], at_out[0, 0] = m, at
-        if dot is not None:
-            dot_out[0, 0] = dot
+        if dot_out is not None:
+            dot_out[0, 0] = tangent
 
 
 def _as_row(x: jax.Array) -> jax.Array:

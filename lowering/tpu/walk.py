@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jax_ragged.lowering.tpu import forward_kernel as forward
-from jax_ragged.lowering.tpu.forward_kernel import Plan, Windows
+from jax_ragged.lowering.tpu.chunks import Plan, Windows, quotient, remainder
 from jax_ragged.lowering.tpu.work_list import WorkList, item_of_step
 
 
@@ -51,23 +50,23 @@ class Walk:
             row = work.row[item]
             return row, work.offset[row] + item, core * work.size[1] + step < work.size[0]
         tiles, cores = self.plan.tiles, self.cores
-        unit = forward._quotient(step, tiles) * cores + core
+        unit = quotient(step, tiles) * cores + core
         valid = unit < self._units
         unit = jnp.where(valid, unit, unit - cores)
-        row = forward._quotient(unit, self.blocks)
-        return row * tiles + forward._remainder(step, tiles), unit - row * self.blocks, valid
+        row = quotient(unit, self.blocks)
+        return row * tiles + remainder(step, tiles), unit - row * self.blocks, valid
 
     def cache_row(self, row: Any) -> Any:
         """The row of the cache."""
-        return forward._quotient(row, self.plan.tiles)
+        return quotient(row, self.plan.tiles)
 
     def read(self, core: Any, step: Any, work: WorkList) -> tuple[Any, Any]:
         """Row of the cache and block that a step reads: the nearest one in the windows."""
         row, block, _ = self.place(core, step, work)
         if self.every:
             T = self.plan.blocks.T
-            first = forward._quotient(work.start[row], T)
-            last = forward._quotient(jnp.maximum(work.end[row] - 1, 0), T)
+            first = quotient(work.start[row], T)
+            last = quotient(jnp.maximum(work.end[row] - 1, 0), T)
             block = jnp.minimum(jnp.maximum(block, first), last)
         return self.cache_row(row), block
 
@@ -78,9 +77,7 @@ class Walk:
             row = lax.iota(jnp.int32, self.V)[None, :]
             # Of the units from first to end, those of a core are a multiple of cores apart.
             first = self.cache_row(row) * self.blocks
-            skipped = forward._remainder(
-                core - first + self.V * self.blocks * self.cores, self.cores
-            )
+            skipped = remainder(core - first + self.V * self.blocks * self.cores, self.cores)
             return skipped < self.blocks
         T = self.plan.blocks.T
         first = lax.div(work.start, T) - work.offset
@@ -109,9 +106,9 @@ class Step:
         self.touched = self.valid & (self.start < self.hi) & (end > self.lo)
         self.inner = (work.all_start[self.row] <= self.start) & (work.all_end[self.row] >= end)
         chunk = walk.plan.blocks.chunk
-        self.first_chunk = forward._quotient(jnp.maximum(self.lo - self.start, 0), chunk)
+        self.first_chunk = quotient(jnp.maximum(self.lo - self.start, 0), chunk)
         after = jnp.minimum(self.hi, end) - self.start + (chunk - 1)
-        self.end_chunk = forward._quotient(after, chunk)
+        self.end_chunk = quotient(after, chunk)
 
     def chunks(
         self, plan: Plan, bounds: Any, compute: Callable[[list[Any], Windows | None], None]
