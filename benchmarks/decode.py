@@ -145,6 +145,7 @@ def main() -> None:
     names = [case.name for case in module.CASES]
     parser.add_argument("--cases", nargs="*", choices=names, default=names, help="all by default")
     parser.add_argument("--repeats", type=int, default=15, help="samples of each (15)")
+    parser.add_argument("--block-size", type=int, help="of ours; left out, the default")
     parser.add_argument("--plot", metavar="FILE.png", help="draw two sweeps besides")
     args = parser.parse_args()
     how, bandwidth = module.read_bandwidth()
@@ -152,6 +153,7 @@ def main() -> None:
     measured = {}
     for case in module.CASES:
         if case.name in args.cases:
+            case = dataclasses.replace(case, block_size=args.block_size)
             measured[case.name], compile_s = measure(module, case, args.repeats)
             print_case(case, measured[case.name], compile_s, bandwidth)
     print_goals(module, measured)

@@ -29,6 +29,7 @@ class Case:
         "short" (over 1 to S / 16).
       valid: the share of S that every row's window has, in place of `windows`.
       Q: queries of a row that share its window, or None for a query without that axis.
+      block_size: of ours.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     windows: str = "uniform"
     valid: float | None = None
     Q: int | None = None
+    block_size: int | None = None
 
     def lengths(self) -> npt.NDArray[np.int32]:
         """The windows' ends [B], the same in every run."""
@@ -145,7 +147,8 @@ def jax_candidates(problem: Problem, calls: int = 1) -> dict[str, Candidate]:
     """Ours, the dense reference and jax.nn.dot_product_attention: what every platform has."""
 
     def ours(q: Any, k: Any, v: Any, lengths: Any) -> Any:
-        return ragged_attention(q, k, v, lengths, softmax_scale=problem.scale).out
+        block_size, scale = problem.case.block_size, problem.scale
+        return ragged_attention(q, k, v, lengths, softmax_scale=scale, block_size=block_size).out
 
     def dense(q: Any, k: Any, v: Any, lengths: Any) -> Any:
         return reference_ragged_attention(q, k, v, lengths, softmax_scale=problem.scale).out

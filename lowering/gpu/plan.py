@@ -17,8 +17,9 @@ SWIZZLE_ROWS, SWIZZLE_BYTES = 8, 128
 _CHUNK = 128
 # Positions that are copied at once: what a block has past the end of its window is not.
 COPIED = 16
-# Of an H100 or H200: the number of CTAs is chosen for them, and right for any.
-_MULTIPROCESSORS = 132
+# CTAs that run at once, for an H100 or H200, and right for any. Of their 132 multiprocessors four
+# are left: with all of them, short rows are 4 % faster, all others up to 2 % slower.
+_CTAS = 128
 _SHARED_MEMORY = 227 * 1024
 # Of shared memory, for the tables, if they fit.
 _TABLES_BYTES = 20 * 1024
@@ -136,7 +137,7 @@ def make_plan(
     stages = left // (T * (D + Dv) * itemsize)
     return Plan(
         B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), params,
-        T, streams, min(stages, 4), _parts(columns, streams * _MULTIPROCESSORS),
+        T, streams, min(stages, 4), _parts(columns, streams * _CTAS),
     )  # fmt: skip
 
 
