@@ -162,23 +162,41 @@ def test_subsets(wrt: tuple[int, ...], given: tuple[bool, ...]) -> None:
         assert_close(x, want[i], TOLERANCE, scale=1 + float(np.abs(want[i]).max()))
 
 
+def _reading(case: Case, wrt: tuple[bool, bool, bool]) -> CacheLayout:
+    """How the kernel of the cotangents reads the keys."""
+    query, key, value = (jax.ShapeDtypeStruct(s, case.dtype) for s in _folded_shapes(case))
+    problem = backward.choose(query, key, value, RaggedAttentionParams(), chip_of(None))
+    assert isinstance(problem, backward.Problem)
+    chosen = problem.choose(lambda x: backward.vjp_traffic(x, wrt))
+    assert not isinstance(chosen, str)
+    return chosen[0].key
+
+
+def _assert_bfloat16(case: Case, wrt: tuple[int, ...]) -> None:
+    operands, bars = case.operands(), case.cotangents()
+    got = pullback(op(case), wrt)(poison(operands), bars)
+    want = oracle.vjp(*operands, bars, **case.definition)
+    for x, i in zip(got, wrt, strict=True):
+        # out, z' and p are rounded to bfloat16 once each, before sums over heads or positions.
+        assert_close(x, want[i], 4 * 2.0**-8, scale=1 + float(np.abs(want[i]).max()))
+
+
 @pytest.mark.parametrize("Q", [1, 8])
 def test_bfloat16(Q: int, interpreted: None) -> None:
     """Two heads share a word; with many queries each is read and written by itself."""
     ends, starts = ((70,) * Q, (33,) * Q), ((0,) * Q, (31,) * Q)
     case = Case("bfloat16", ends, starts, Q, Hq=8, S=70, D=128, Dv=128, dtype="bfloat16")
-    operands, bars = case.operands(), case.cotangents()
-    query, key, value = (jax.ShapeDtypeStruct(s, case.dtype) for s in _folded_shapes(case))
-    problem = backward.choose(query, key, value, RaggedAttentionParams(), chip_of(None))
-    assert isinstance(problem, backward.Problem)
-    chosen = problem.choose(lambda x: backward.vjp_traffic(x, (True, True, True)))
-    assert not isinstance(chosen, str)
-    assert chosen[0].key.strided == (Q > 1)
-    got = pullback(op(case), ALL)(poison(operands), bars)
-    want = oracle.vjp(*operands, bars, **case.definition)
-    for x, y in zip(got, want, strict=True):
-        # out, z' and p are rounded to bfloat16 once each, before sums over heads or positions.
-        assert_close(x, y, 4 * 2.0**-8, scale=1 + float(np.abs(y).max()))
+    assert _reading(case, (True, True, True)).strided == (Q > 1)
+    _assert_bfloat16(case, ALL)
+
+
+def test_grouped_tiles(interpreted: None) -> None:
+    """More heads than sublanes: their tiles of lanes stand in groups of heads."""
+    ends, starts, sizes = ((70,) * 8,), ((31,) * 8,), {"S": 70, "D": 256, "Dv": 256}
+    case = Case("grouped_tiles", ends, starts, 8, Hq=32, Hkv=16, dtype="bfloat16", **sizes)
+    layout = _reading(case, (False, True, False))
+    assert (layout.strided, layout.tiles) == (True, 2)
+    _assert_bfloat16(case, (1,))
 
 
 def test_many_queries_in_tiles(interpreted: None) -> None:
@@ -189,6 +207,16 @@ def test_many_queries_in_tiles(interpreted: None) -> None:
     assert case.Hq * Q > MAX_ROWS
     _assert_vjp(case)
     _assert_jvp(case)
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("D", [64, 128, 256, 384])
+@pytest.mark.parametrize("H", [1, 2, 3, 4, 8, 16, 32])
+def test_unview(H: int, D: int, by_head: bool) -> None:
+    layout = CacheLayout.of(256, H, D, jnp.bfloat16)
+    layout = layout.by_head() if by_head else layout
+    x = jnp.arange(2 * 256 * H * D).reshape(2, 256, H, D)
+    np.testing.assert_array_equal(layout.unview(layout.view(x), 256), x)
 
 
 def _walk(rows: int, tiles: int, blocks: int, cores: int, *, every: bool) -> Walk:

@@ -18,7 +18,7 @@ from jax_ragged.lowering.tpu.call import Call
 from jax_ragged.lowering.tpu.chips import MIB, Chip
 from jax_ragged.lowering.tpu.chunks import Plan
 from jax_ragged.lowering.tpu.derivative_kernels import NOWHERE, Wrt
-from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form
+from jax_ragged.lowering.tpu.layout import LANES, CacheLayout
 from jax_ragged.lowering.tpu.walk import Walk
 from jax_ragged.lowering.tpu.work_list import SCALARS, WorkList
 
@@ -90,17 +90,6 @@ def lanes_by_row(plan: Plan, x: jax.Array) -> jax.Array:
     x = x.reshape(cores, V, -1, plan.head_rows, LANES // columns, columns)[..., :heads]
     x = x.transpose(0, 2, 4, 1, 5, 3).reshape(-1, V, heads * plan.head_rows)
     return jnp.pad(x, ((0, 0), (0, 0), (0, plan.rows - x.shape[2])))
-
-
-def unview(layout: CacheLayout, x: jax.Array, S: int) -> jax.Array:
-    """The inverse of `CacheLayout.view`: [B, S, H, D]."""
-    if layout.form is Form.HEADS:
-        return x.transpose(0, 2, 1, 3)
-    if layout.form is Form.SEQUENCE:
-        return x.transpose(0, 3, 1, 2)
-    shape = (x.shape[0], S, layout.heads, layout.head_dim)
-    x = x.reshape(-1, S, layout.tiles, layout.heads, layout.lanes).transpose(0, 1, 3, 2, 4)
-    return x.reshape(shape)
 
 
 def _traffic(
@@ -420,7 +409,7 @@ class _Derivatives:
             bars.append(sizes.from_rows(q_bar.astype(query.dtype)))
         for layout, asked in ((sizes.key, wrt[1]), (sizes.value, wrt[2])):
             if asked:
-                bars.append(unview(layout, next(results), sizes.S)[:, : key.shape[1]])
+                bars.append(layout.unview(next(results), sizes.S)[:, : key.shape[1]])
         return bars
 
     def _u_and_a(self, cotangents: Optional3) -> tuple[jax.Array, jax.Array]:

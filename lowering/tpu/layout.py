@@ -149,6 +149,18 @@ class CacheLayout:
             x = x.transpose(0, 1, 2, 4, 3, 5)
         return x.reshape(B, S * self.rows, self.lanes)
 
+    def unview(self, x: jax.Array, S: int) -> jax.Array:
+        """The inverse of `view`, of S tokens."""
+        if self.form is Form.HEADS:
+            return x.transpose(0, 2, 1, 3)
+        if self.form is Form.SEQUENCE:
+            return x.transpose(0, 3, 1, 2)
+        B, H = x.shape[0], self.heads
+        if self.tiles > 1:
+            x = x.reshape(B, S, H // self._group, self.tiles, self._group, self.lanes)
+            x = x.transpose(0, 1, 2, 4, 3, 5)
+        return x.reshape(B, S, H, self.head_dim)
+
     def block_shape(self, T: int) -> tuple[int, ...]:
         """The shape of a block of T tokens of one row of the view."""
         if self.form is Form.HEADS:
