@@ -11,9 +11,9 @@ from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import Arrays3, Optional3, Residuals
 from jax_ragged.lowering.tpu import backward, block_size, forward_kernel as kernel, work_list
 from jax_ragged.lowering.tpu.block_size import VMEM_MOST, Blocks
-from jax_ragged.lowering.tpu.call import Call
+from jax_ragged.lowering.tpu.call import Call, readings
 from jax_ragged.lowering.tpu.chips import Chip, chip_of
-from jax_ragged.lowering.tpu.layout import LANES, round_up
+from jax_ragged.lowering.tpu.layout import LANES, alike, round_up
 
 # The dispatcher passes device_kind to the operations too.
 BY_DEVICE_KIND = True
@@ -100,14 +100,12 @@ def step_bytes(
     return call.problem.cache_bytes(blocks.T)
 
 
-def _calls(query: Any, key: Any, value: Any) -> list[Call]:
-    """How the forward kernel can read a cache in place: its heads together, or each by itself."""
-    together, by_head = (Call(query, key, value, by_head=x) for x in (False, True))
-    key, value = together.key, together.value
-    if (key.interleaved, key.columns) != (value.interleaved, value.columns):
-        return [by_head]
-    separable = by_head.key.strided and by_head.value.strided
-    return [together, by_head] if separable else [together]
+def _calls(query: Any, key: Any, value: Any) -> tuple[Call, ...]:
+    """The readings of the forward kernel, whose keys and values have the same columns."""
+    calls = readings(query, key, value)
+    if alike(calls[0].key, calls[0].value):
+        return calls
+    return (Call(query, key, value, by_head=True),)
 
 
 def _choose(

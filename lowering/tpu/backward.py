@@ -14,11 +14,11 @@ from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import Arrays3, Optional3, Residuals
 from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu import block_size, derivative_kernels as kernels
-from jax_ragged.lowering.tpu.call import Call
+from jax_ragged.lowering.tpu.call import Call, readings
 from jax_ragged.lowering.tpu.chips import MIB, Chip
 from jax_ragged.lowering.tpu.chunks import Plan
 from jax_ragged.lowering.tpu.derivative_kernels import NOWHERE, Wrt
-from jax_ragged.lowering.tpu.layout import LANES, CacheLayout
+from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, alike
 from jax_ragged.lowering.tpu.walk import Walk
 from jax_ragged.lowering.tpu.work_list import SCALARS, WorkList
 
@@ -65,7 +65,7 @@ class Traffic(block_size.Problem):
         return (
             super().vmem_bytes(T, chunk)
             + (sums if self.accumulates else 0)
-            + (0 if kernels.alike(key, value) else selection)
+            + (0 if alike(key, value) else selection)
         )
 
 
@@ -164,10 +164,7 @@ def choose(
     query: Any, key: Any, value: Any, params: RaggedAttentionParams, chip: Chip
 ) -> Problem | str:
     """The kernels of a call, or why there are none."""
-    together, by_head = (Call(query, key, value, by_head=x) for x in (False, True))
-    separable = by_head.key.strided and by_head.value.strided
-    readings = (together, by_head) if separable else (together,)
-    problem = Problem(readings, chip, params)
+    problem = Problem(readings(query, key, value), chip, params)
     largest = problem.choose(lambda x: vjp_traffic(x, (True, True, True)))
     return largest if isinstance(largest, str) else problem
 

@@ -15,6 +15,13 @@ from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheLayout, round_u
 MAX_ROWS = 512
 
 
+def readings(query: Any, key: Any, value: Any) -> tuple["Call", ...]:
+    """How kernels can read a cache in place: its heads together, or also each by itself."""
+    together, by_head = (Call(query, key, value, by_head=x) for x in (False, True))
+    separable = by_head.key.strided and by_head.value.strided
+    return (together, by_head) if separable else (together,)
+
+
 class Call:
     """The sizes of one call, and how its queries become rows of the kernel.
 

@@ -261,16 +261,54 @@ def mask_logits(
     return jnp.where(functools.reduce(jnp.logical_and, masks), z, -jnp.inf) if masks else z
 
 
+def split_tiles(rows: jax.Array, layout: CacheLayout) -> jax.Array:
+    """[R, n] as rows of the form TOKENS: [tiles R, lanes]."""
+    return jnp.concatenate(lane_slices(rows), axis=0) if layout.tiles > 1 else rows
+
+
+def join_tiles(x: jax.Array, plan: Plan) -> jax.Array:
+    """The inverse of `split_tiles`."""
+    tiles = [x[i : i + plan.rows] for i in range(0, x.shape[0], plan.rows)]
+    return jnp.concatenate(tiles, axis=1) if len(tiles) > 1 else x
+
+
+def products_with_all(rows: jax.Array, block: jax.Array, layout: CacheLayout, plan: Plan) -> Slices:
+    """Rows [R, n] times rows of the form TOKENS, all heads with all: [R, 128] for each 128."""
+    R = plan.rows
+    return [
+        functools.reduce(
+            jnp.add,
+            [rotate(x[i * R : (i + 1) * R], -i * layout.heads) for i in range(layout.tiles)],
+        )
+        for x in lane_slices(dot(split_tiles(rows, layout), block, transposed=True))
+    ]
+
+
+def weights_of_tiles(x: jax.Array, layout: CacheLayout) -> jax.Array:
+    """Weights [R, columns] of an interleaved cache, for each tile of lanes: [tiles R, columns]."""
+    if layout.tiles == 1:
+        return x
+    slices = lane_slices(x)
+    tiles = [
+        jnp.concatenate([rotate(y, i * layout.heads) for y in slices], axis=1)
+        for i in range(layout.tiles)
+    ]
+    return jnp.concatenate(tiles, axis=0)
+
+
 def rotate(x: jax.Array, by: int) -> jax.Array:
     """Moves columns up by a number of lanes; what is wrapped around is masked."""
     return pltpu.roll(x, by % LANES, 1) if by % LANES else x
 
 
+def rows_of_chunk(n: int, j: jax.Array | int) -> Any:
+    """Those of chunk j, if it has n."""
+    return pl.ds(j * n if isinstance(j, int) else pl.multiple_of(j * n, n), n)
+
+
 def token_rows(ref: Any, layout: CacheLayout, plan: Plan, j: jax.Array | int) -> jax.Array:
     """The rows of chunk j in the form TOKENS."""
-    n = plan.blocks.chunk * layout.rows
-    start = j * n if isinstance(j, int) else pl.multiple_of(j * n, n)
-    rows: jax.Array = ref[0, pl.ds(start, n), :]
+    rows: jax.Array = ref[0, rows_of_chunk(plan.blocks.chunk * layout.rows, j), :]
     return rows
 
 
@@ -280,8 +318,7 @@ def head_block(
     """Chunk j of one head: [chunk, D], or [D, chunk] in the form SEQUENCE."""
     if layout.strided:
         return _strided_block(ref, layout, plan, j, head)
-    n = plan.blocks.chunk
-    tokens = pl.ds(j * n if isinstance(j, int) else pl.multiple_of(j * n, n), n)
+    tokens = rows_of_chunk(plan.blocks.chunk, j)
     block: jax.Array = (
         ref[0, head, :, tokens] if layout.form is Form.SEQUENCE else ref[0, head, tokens, :]
     )
@@ -317,7 +354,6 @@ def _strided_words(
         rows: jax.Array = pltpu.bitcast(token_rows(ref, layout, plan, j), jnp.int32)
         return rows[word::stride]
     words = ref if layout.packing == 1 else ref.bitcast(jnp.int32)
-    start = j * n * stride if isinstance(j, int) else pl.multiple_of(j * (n * stride), n * stride)
-    chunk = words.at[0, pl.ds(start, n * stride), :]
+    chunk = words.at[0, rows_of_chunk(n * stride, j), :]
     loaded: jax.Array = chunk[pl.ds(word, n, stride=stride), :]
     return loaded

@@ -37,16 +37,20 @@ from jax_ragged.lowering.tpu.chunks import (
     compact_heads,
     dot,
     head_block,
+    join_tiles,
     lane_slices,
     mask_logits,
+    products_with_all,
     quotient,
     remainder,
-    rotate,
+    rows_of_chunk,
+    split_tiles,
     spread_heads,
     token_by_lane,
     token_rows,
+    weights_of_tiles,
 )
-from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form
+from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form, alike
 from jax_ragged.lowering.tpu.walk import Step, Walk
 from jax_ragged.lowering.tpu.work_list import WorkList
 
@@ -59,11 +63,6 @@ Wrt = tuple[bool, bool, bool]
 def _of(plan: Plan, layout: CacheLayout) -> Plan:
     """The plan of logits in the columns of a cache."""
     return dataclasses.replace(plan, key=layout)
-
-
-def alike(x: CacheLayout, y: CacheLayout) -> bool:
-    """Whether logits have the same columns."""
-    return (x.interleaved, x.columns) == (y.interleaved, y.columns)
 
 
 def _loaded(
@@ -81,17 +80,6 @@ def _heads(layout: CacheLayout, plan: Plan) -> Iterator[slice]:
     return (slice(h * plan.head_rows, (h + 1) * plan.head_rows) for h in range(layout.heads))
 
 
-def _tiles(rows: jax.Array, layout: CacheLayout) -> jax.Array:
-    """[R, n] as rows of the form TOKENS: [tiles R, lanes]."""
-    return jnp.concatenate(lane_slices(rows), axis=0) if layout.tiles > 1 else rows
-
-
-def _joined_tiles(x: jax.Array, plan: Plan) -> jax.Array:
-    """The inverse of `_tiles`."""
-    tiles = [x[i : i + plan.rows] for i in range(0, x.shape[0], plan.rows)]
-    return jnp.concatenate(tiles, axis=1) if len(tiles) > 1 else x
-
-
 def _all_products(
     rows: jax.Array, ref: Any, layout: CacheLayout, plan: Plan, j: Any, windows: Windows | None
 ) -> Slices:
@@ -106,16 +94,7 @@ def _all_products(
             for h, head in enumerate(_heads(layout, plan))
         ]
         return lane_slices(jnp.concatenate(by_head, axis=0))
-    block = _loaded(ref, layout, plan, j, windows)
-    x = lane_slices(dot(_tiles(rows, layout), block, transposed=True))
-    R = plan.rows
-    return [
-        functools.reduce(
-            jnp.add,
-            [rotate(y[i * R : (i + 1) * R], -i * layout.heads) for i in range(layout.tiles)],
-        )
-        for y in x
-    ]
+    return products_with_all(rows, _loaded(ref, layout, plan, j, windows), layout, plan)
 
 
 def _products(
@@ -178,13 +157,8 @@ def _own(x: jax.Array, plan: Plan, layout: CacheLayout, index: int) -> jax.Array
 def _weights(x: Slices, layout: CacheLayout, plan: Plan, dtype: Any) -> jax.Array:
     """Weights of the columns of the logits as those of a cache: [R, columns], or [tiles R, ...]."""
     joined = _in_columns(x, plan, layout, dtype)
-    if layout.interleaved and layout.tiles > 1:
-        slices = lane_slices(joined)
-        tiles = [
-            jnp.concatenate([rotate(y, i * layout.heads) for y in slices], axis=1)
-            for i in range(layout.tiles)
-        ]
-        joined = jnp.concatenate(tiles, axis=0)
+    if layout.interleaved:
+        joined = weights_of_tiles(joined, layout)
     return joined.astype(dtype)
 
 
@@ -225,7 +199,7 @@ class _Sum:
     def factors(self, plan: Plan) -> Iterator[tuple[jax.Array, jax.Array]]:
         """Those whose product is a part of the block: one, or one for each head."""
         if self.layout.interleaved:
-            yield self.weights, _tiles(self.rows, self.layout)
+            yield self.weights, split_tiles(self.rows, self.layout)
             return
         for head in _heads(self.layout, plan):
             weights, rows = self.weights[head], self.rows[head]
@@ -246,16 +220,11 @@ class _Sum:
                 _store_words(self.ref, layout, plan, j, word, words)
             return
         (x,) = products
-        chunk = _rows_of_chunk(plan.blocks.chunk * layout.columns, j)
+        chunk = rows_of_chunk(plan.blocks.chunk * layout.columns, j)
         index: tuple[Any, ...] = (0, chunk) if layout.interleaved else (0, part, chunk)
         if layout.form is Form.SEQUENCE:
             index = (0, part, slice(None), chunk)
         self.ref[index] = self.ref[index] + x if add else x.astype(self.ref.dtype)
-
-
-def _rows_of_chunk(n: int, j: Any) -> Any:
-    """Those of chunk j, if it has n."""
-    return pl.ds(j * n if isinstance(j, int) else pl.multiple_of(j * n, n), n)
 
 
 def _packed(x: Slices) -> jax.Array:
@@ -279,10 +248,10 @@ def _store_words(
         spread = jnp.broadcast_to(x[:, None], (n, stride, x.shape[1])).reshape(rows.shape)
         place = remainder(lax.broadcasted_iota(jnp.int32, rows.shape, 0), stride)
         rows = jnp.where(place == word, spread, rows)
-        ref[0, _rows_of_chunk(n * layout.rows, j)] = pltpu.bitcast(rows, ref.dtype)
+        ref[0, rows_of_chunk(n * layout.rows, j)] = pltpu.bitcast(rows, ref.dtype)
         return
     words = ref if layout.packing == 1 else ref.bitcast(jnp.int32)
-    words.at[0, _rows_of_chunk(n * stride, j), :][pl.ds(word, n, stride=stride), :] = x
+    words.at[0, rows_of_chunk(n * stride, j), :][pl.ds(word, n, stride=stride), :] = x
 
 
 def _outers(factors: Sequence[tuple[jax.Array, jax.Array]]) -> Sequence[jax.Array]:
@@ -497,7 +466,7 @@ def vjp_kernel(
 
         @pl.when(step.last)
         def _write_query() -> None:
-            total = _joined_tiles(sum_ref[...], plan)
+            total = join_tiles(sum_ref[...], plan)
             q_bar_ref[0, 0] = total.astype(q_bar_ref.dtype)
 
 
@@ -625,7 +594,7 @@ def jvp_kernel(
     @pl.when(step.last)
     def _() -> None:
         o_ref, z_sum_out, *rest = outputs
-        o_ref[0, 0] = _joined_tiles(sum_ref[...], plan)
+        o_ref[0, 0] = join_tiles(sum_ref[...], plan)
         z_sum = z_sum_ref[...]
         z_sum_out[0, 0] = z_sum if plan.compact else _as_row(z_sum.sum(axis=1, keepdims=True))
         maximum.finish(plan, *rest)

@@ -39,13 +39,15 @@ from jax_ragged.lowering.tpu.chunks import (
     compact_heads,
     dot,
     head_block,
+    join_tiles,
     lane_slices,
     mask_logits,
     own_head,
-    rotate,
+    products_with_all,
     spread_heads,
     to_lanes,
     token_rows,
+    weights_of_tiles,
 )
 from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form
 from jax_ragged.lowering.tpu.work_list import SCALARS, Results, WorkList, item_of_step
@@ -93,16 +95,7 @@ def _products(q: jax.Array, k_ref: Any, plan: Plan, j: jax.Array | int, heads: r
             for h in heads
         ]
         return [jnp.concatenate(parts, axis=0) for parts in zip(*by_head, strict=True)]
-    stacked = jnp.concatenate(lane_slices(q), axis=0) if key.tiles > 1 else q
-    s = lane_slices(dot(stacked, token_rows(k_ref, key, plan, j), transposed=True))
-    R = plan.rows
-    return [
-        functools.reduce(
-            jnp.add,
-            [rotate(x[i * R : (i + 1) * R], -i * key.heads) for i in range(key.tiles)],
-        )
-        for x in s
-    ]
+    return products_with_all(q, token_rows(k_ref, key, plan, j), key, plan)
 
 
 def _logits(
@@ -157,15 +150,7 @@ def _weighted_values(
         )
     v = valid(token_rows(v_ref, value, plan, j))
     joined = jnp.concatenate([spread_heads(plan, x) for x in p], axis=1)
-    if value.tiles > 1:
-        joined = jnp.concatenate(
-            [
-                jnp.concatenate([rotate(x, i * value.heads) for x in lane_slices(joined)], axis=1)
-                for i in range(value.tiles)
-            ],
-            axis=0,
-        )
-    return dot(joined.astype(v.dtype), v)
+    return dot(weights_of_tiles(joined, value).astype(v.dtype), v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +204,7 @@ class State:
         o = self.o_ref[...]
         empty = total == 0
         inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, total))
-        R, tiles = plan.rows, plan.value.stacked
-        if tiles > 1:
-            o = jnp.concatenate([o[i * R : (i + 1) * R] for i in range(tiles)], axis=1)
+        o = join_tiles(o, plan)
         max_logits = jnp.where(empty, plan.params.mask_value, m * plan.unit)
         statistics = jnp.concatenate([max_logits.T[:1], total.T[:1]], axis=0)
         return o * to_lanes(inverse, o.shape[1]), statistics

@@ -183,3 +183,8 @@ class CacheLayout:
         if self.form is Form.SEQUENCE:
             return self.heads * round_up(self.head_dim, SUBLANES) * T * size
         return self.heads * T * round_up(self.head_dim, LANES) * size
+
+
+def alike(x: CacheLayout, y: CacheLayout) -> bool:
+    """Whether logits have the same columns."""
+    return (x.interleaved, x.columns) == (y.interleaved, y.columns)
