@@ -17,6 +17,9 @@ INLINE_EQUATIONS: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
 # XLA on CPUs, before 0.12, updates a part of a bfloat16 array by widening all of it.
 CPU_UPDATES_BFLOAT16 = jax.__version_info__ >= (0, 12)
 
+# XLA on CPUs, from 0.11 on, wakes other threads for every product of matrices, however small.
+CPU_THREADS_DOTS = jax.__version_info__ >= (0, 11)
+
 
 def interpret_mode() -> Any:
     """The parameters of `pltpu.force_tpu_interpret_mode`, or None outside of it.

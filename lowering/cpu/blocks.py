@@ -1,8 +1,7 @@
 """The blocks of the cache that windows touch, the loop over them, and their heads in order.
 
-The loop is one of XLA's while loops, which runs its steps one after another; XLA uses the cores
-of the machine within a step, where it splits an operation over them. So a step handles all heads
-of a block, a quarter of a megabyte or more, whether there are many rows or one.
+The loop is one of XLA's while loops, which runs its steps one after another. A step handles all
+heads of a block that is small enough to stay in a core's cache from one operation to the next.
 """
 
 import functools
@@ -13,26 +12,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_ragged.lowering._compat import CPU_UPDATES_BFLOAT16, pcast_to_varying, varying_axes
+from jax_ragged.lowering._compat import (
+    CPU_THREADS_DOTS,
+    CPU_UPDATES_BFLOAT16,
+    pcast_to_varying,
+    varying_axes,
+)
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import statistics_dtype
 
 _State = TypeVar("_State")
 _RowState = TypeVar("_RowState")
 
-# Elements of a block of keys: enough to be worth a step, few enough that what one operation of a
-# step writes is still in a core's cache when the next reads it.
-_BLOCK_ELEMENTS = 1 << 16
-# Up to so many heads, a copy of a block written head by head is faster than a transpose.
-_HEADS_CONCATENATED = 8
+# Elements of a block of keys: enough to be worth a step, few enough that reading past the end of
+# a short window is cheap.
+_BLOCK_ELEMENTS = 1 << 13
+_LEAST_POSITIONS, _MOST_POSITIONS = 32, 128
+# Positions that are worth waking threads for.
+_THREADED_POSITIONS = 128
+# Up to so many rows that share a key head, products of each row with the block are faster than a
+# dot that wakes threads.
+_ROWS_APART = 8 if CPU_THREADS_DOTS else 1
 # Up to so many rows that share a key head, sums of products are faster than a dot of short rows.
 _ROWS_UNROLLED = 16
-
-
-def block_size(S: int, row_elements: int, asked: int | None) -> int:
-    """Positions of a block: as asked, or so many that reading past a short window is cheap."""
-    T = max(32, min(256, _BLOCK_ELEMENTS // max(row_elements, 1))) if asked is None else asked
-    return min(T, S)
 
 
 class Block(NamedTuple):
@@ -72,7 +74,16 @@ class Windows(NamedTuple):
     S: int
 
     @classmethod
-    def of(cls, lengths: jax.Array, starts: jax.Array, S: int, T: int) -> "Windows":
+    def of(
+        cls,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        lengths: jax.Array,
+        starts: jax.Array,
+        params: RaggedAttentionParams,
+    ) -> "Windows":
+        S, T = key.shape[1], _block_size(query, key, value, params)
         lo, hi = jnp.maximum(starts, 0), jnp.minimum(lengths, S)
         empty = lo >= hi
         start = jnp.where(empty, S, lo).min(axis=1)
@@ -118,28 +129,34 @@ class Windows(NamedTuple):
         return Block(b, start, position, inside, used)
 
 
+def _block_size(
+    query: jax.Array, key: jax.Array, value: jax.Array, params: RaggedAttentionParams
+) -> int:
+    """Positions of a block: as asked, or by elements of a position and rows of a key head."""
+    _, S, Hkv, D = key.shape
+    if params.block_size is not None:
+        return min(params.block_size, S)
+    rows = query.shape[1] * query.shape[2] // Hkv
+    threaded = CPU_THREADS_DOTS and rows > _ROWS_APART
+    least = _THREADED_POSITIONS if threaded else _LEAST_POSITIONS
+    by_elements = _BLOCK_ELEMENTS // (Hkv * max(D, value.shape[3]))
+    return min(S, max(least, min(_MOST_POSITIONS, by_elements)))
+
+
 def take(x: jax.Array, block: Block) -> jax.Array:
     """A block of a cache [B, S, Hkv, D], widened and by head, [Hkv, T, D]; 0 where not used."""
-    T, Hkv = block.position.size, x.shape[2]
-    if Hkv <= _HEADS_CONCATENATED:
-        heads = [_slice(x, block, h, 1, T).reshape(1, T, x.shape[3]) for h in range(Hkv)]
-        by_head = jnp.concatenate(heads)
-    else:
-        by_head = _slice(x, block, 0, Hkv, T).transpose(1, 0, 2)
-    by_head = jnp.where(block.used[:, None], by_head, 0)
-    # Without the barrier XLA leaves the heads interleaved, and its dots take thrice as long.
-    taken: jax.Array = lax.optimization_barrier(by_head)
-    return taken
+    by_head = jnp.where(block.used[:, None], _slice(x, block).transpose(1, 0, 2), 0)
+    return by_head if CPU_THREADS_DOTS else lax.optimization_barrier(by_head)
 
 
-def _slice(x: jax.Array, block: Block, h: int, heads: int, T: int) -> jax.Array:
-    """[T, heads, D], widened.
+def _slice(x: jax.Array, block: Block) -> jax.Array:
+    """[T, Hkv, D], widened.
 
     XLA would rather widen a bfloat16 cache as a whole, ahead of the loops. It cannot if it is
     the bits that are read, by way of a value that changes with every step.
     """
-    at = tuple(map(jnp.int32, (block.row, block.start, h, 0)))
-    sizes = (1, T, heads, x.shape[3])
+    at = tuple(map(jnp.int32, (block.row, block.start, 0, 0)))
+    sizes = (1, block.position.size, *x.shape[2:])
     if x.dtype == jnp.bfloat16:
         x, at = lax.optimization_barrier((x, at))
         bits = lax.dynamic_slice(lax.bitcast_convert_type(x, jnp.uint16), at, sizes)
@@ -212,9 +229,17 @@ def _dot(contract: tuple[int, int], x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
 
 
+def _by_row(axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums of x [Hkv, R, n] with y [Hkv, T, D] along n, which is y's axis 1 or 2."""
+    R = x.shape[1]
+    if R > _ROWS_APART:
+        return _dot((2, axis), x, y)
+    return jnp.stack([_dot((1, axis), x[:, r], y) for r in range(R)], axis=1)
+
+
 # For each head: rows with positions, [R, D] x [T, D] to [R, T]; [R, T] x [T, D] to [R, D].
-along_features = functools.partial(_dot, (2, 2))
-along_positions = functools.partial(_dot, (2, 1))
+along_features = functools.partial(_by_row, 2)
+along_positions = functools.partial(_by_row, 1)
 
 
 def along_rows(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -18,7 +18,6 @@ from jax_ragged.lowering.cpu.blocks import (
     along_features,
     along_positions,
     along_rows,
-    block_size,
     by_key_head,
     by_query,
     pick,
@@ -93,18 +92,6 @@ def _slope_at(maximum: _Maximum, params: RaggedAttentionParams) -> jax.Array | f
     return soft_cap_slope(jnp.where(maximum.exists, maximum.z, 0), params)
 
 
-def _windows(
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    params: RaggedAttentionParams,
-) -> Windows:
-    S, Hkv, D = key.shape[1:]
-    T = block_size(S, Hkv * max(D, value.shape[3]), params.block_size)
-    return Windows.of(lengths, starts, S, T)
-
-
 class _Moments(NamedTuple):
     """Sums over a window: of p z., of p z. v + p v.; and the maximum."""
 
@@ -150,7 +137,7 @@ def jvp(
         total = sums.pz_dot + pz_dot.sum(axis=2)
         return row, _Moments(total, sums.weighted + weighted, sums.maximum.of(z, at))
 
-    sums = _windows(key, value, lengths, starts, params).fold(
+    sums = Windows.of(query, key, value, lengths, starts, params).fold(
         moments(B, Hkv),
         R // Q,
         lambda b, _: (_row(rows, b), moments(Hkv)),
@@ -196,9 +183,8 @@ def vjp(
     rows = _rows(residuals)
     _add_cotangents(rows, cotangents, Hkv)
     at_max = cotangents[1] is not None or cotangents[2] is not None
-    grads = _run_vjp(
-        rows, key, value, _windows(key, value, lengths, starts, params), wrt, at_max, params, Q
-    )
+    windows = Windows.of(query, key, value, lengths, starts, params)
+    grads = _run_vjp(rows, key, value, windows, wrt, at_max, params, Q)
     q_bar, k_bar = grads.q, grads.k
     if grads.maximum is not None:
         maximum = grads.maximum

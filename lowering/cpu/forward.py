@@ -16,7 +16,6 @@ from jax_ragged.lowering.cpu.blocks import (
     Windows,
     along_features,
     along_positions,
-    block_size,
     by_key_head,
     by_query,
     pick,
@@ -54,11 +53,10 @@ def forward(
     if is_dense(query, key, value, params):
         return reference.forward(query, key, value, lengths, starts, params=params)
     Q = lengths.shape[1]
-    S, Hkv, D = key.shape[1:]
-    T = block_size(S, Hkv * max(D, value.shape[-1]), params.block_size)
+    windows = Windows.of(query, key, value, lengths, starts, params)
     wide = statistics_dtype(query.dtype)
-    q = by_key_head(query.astype(wide) * jnp.asarray(params.softmax_scale, wide), Hkv)
-    highest, total, weighted = _stream(q, key, value, Windows.of(lengths, starts, S, T), Q, params)
+    q = by_key_head(query.astype(wide) * jnp.asarray(params.softmax_scale, wide), key.shape[2])
+    highest, total, weighted = _stream(q, key, value, windows, Q, params)
     out = weighted * inverse(total)[..., None]
     highest = jnp.where(total == 0, jnp.asarray(params.mask_value, wide), highest)
     return by_query(out.astype(query.dtype), Q), by_query(highest, Q), by_query(total, Q)
