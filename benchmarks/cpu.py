@@ -1,14 +1,21 @@
-"""Cases and peers on CPUs: torch's scaled_dot_product_attention, masked and row by row."""
+"""Cases and peers on CPUs: torch's scaled_dot_product_attention, masked and row by row.
 
+With several devices (JAX_NUM_CPU_DEVICES=2 in the environment), ours besides with the heads
+partitioned over them.
+"""
+
+import dataclasses
 import importlib.util
 import threading
 import time
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks.measure import Candidate, Case, Goal, Problem
+from benchmarks.measure import OURS, Candidate, Case, Goal, Problem, ours
 
 CALLS = 1
 SWEEP = Case("sweep", B=8, S=4096, Hq=32, Hkv=8, D=128)
@@ -54,7 +61,32 @@ def read_bandwidth() -> tuple[str, float]:
 
 
 def peers(problem: Problem) -> dict[str, Candidate]:
-    """Torch, where it is installed."""
+    """Torch, where it is installed, and ours with the heads over all devices."""
+    return _torch(problem) | _partitioned(problem)
+
+
+def _partitioned(problem: Problem) -> dict[str, Candidate]:
+    devices = jax.device_count()
+    if devices == 1 or problem.case.Hkv % devices:
+        return {}
+    mesh = jax.make_mesh((devices,), ("heads",), axis_types=(AxisType.Explicit,))
+
+    def place(x: jax.Array, *spec: str | None) -> jax.Array:
+        placed: jax.Array = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+        return placed
+
+    rows = (problem.query.ndim - 2) * (None,)
+    parts = dataclasses.replace(
+        problem,
+        query=place(problem.query, *rows, "heads"),
+        key=place(problem.key, None, None, "heads"),
+        value=place(problem.value, None, None, "heads"),
+        lengths=place(problem.lengths),
+    )
+    return {f"{OURS}, {devices} devices": ours(parts)}
+
+
+def _torch(problem: Problem) -> dict[str, Candidate]:
     if importlib.util.find_spec("torch") is None:
         return {}
     torch: Any = importlib.import_module("torch")

@@ -96,6 +96,11 @@ class Problem:
         return cls(case, query, key, value, jnp.asarray(case.lengths()))
 
     @property
+    def operands(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Those of ragged_attention."""
+        return self.query, self.key, self.value, self.lengths
+
+    @property
     def scale(self) -> float:
         """The factor of the logits."""
         return float(self.case.D**-0.5)
@@ -143,12 +148,18 @@ def compiled(function: Callable[..., Any], *operands: Any, calls: int = 1) -> Ca
     return Candidate(lambda: program(*operands), out, seconds, calls)
 
 
-def jax_candidates(problem: Problem, calls: int = 1) -> dict[str, Candidate]:
-    """Ours, the dense reference and jax.nn.dot_product_attention: what every platform has."""
+def ours(problem: Problem, calls: int = 1) -> Candidate:
+    """ragged_attention, where the operands are: on one device, or partitioned as they are."""
 
-    def ours(q: Any, k: Any, v: Any, lengths: Any) -> Any:
+    def attention(q: Any, k: Any, v: Any, lengths: Any) -> Any:
         block_size, scale = problem.case.block_size, problem.scale
         return ragged_attention(q, k, v, lengths, softmax_scale=scale, block_size=block_size).out
+
+    return compiled(attention, *problem.operands, calls=calls)
+
+
+def jax_candidates(problem: Problem, calls: int = 1) -> dict[str, Candidate]:
+    """Ours, the dense reference and jax.nn.dot_product_attention: what every platform has."""
 
     def dense(q: Any, k: Any, v: Any, lengths: Any) -> Any:
         return reference_ragged_attention(q, k, v, lengths, softmax_scale=problem.scale).out
@@ -160,9 +171,9 @@ def jax_candidates(problem: Problem, calls: int = 1) -> dict[str, Candidate]:
         )
         return out.reshape(q.shape)
 
-    operands = (problem.query, problem.key, problem.value, problem.lengths)
-    functions = {OURS: ours, "dense reference": dense, "jax.nn": jax_nn}
-    return {name: compiled(f, *operands, calls=calls) for name, f in functions.items()}
+    functions = {"dense reference": dense, "jax.nn": jax_nn}
+    peers = {name: compiled(f, *problem.operands, calls=calls) for name, f in functions.items()}
+    return {OURS: ours(problem, calls)} | peers
 
 
 class Platform(Protocol):

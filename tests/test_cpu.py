@@ -14,6 +14,7 @@ import cases
 import oracle
 from cases import CASES, Case, assert_close, assert_results, poison, tolerance
 from jax_ragged import ragged_attention
+from jax_ragged.lowering._compat import CPU_THREADS_DOTS
 from programs import temporary_bytes
 
 # Without a block size, these are small enough for the dense form.
@@ -110,6 +111,33 @@ def test_no_copy_of_the_cache(dtype: str, Hkv: int) -> None:
     ]
     assert sizes
     assert max(sizes) < operands[1].size
+
+
+@pytest.mark.parametrize("Hkv", [4, 16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_each_block_is_written_once(dtype: str, Hkv: int) -> None:
+    q, k, v, lengths = _operands(4096, dtype, Hkv)
+    q = jnp.tile(q, (1, Hkv // 4, 1))
+    T = 50
+
+    def forward(*operands: Any) -> Any:
+        return ragged_attention(*operands, block_size=T).out
+
+    hlo = jax.jit(forward).lower(q, k, v, lengths).compile().as_text()
+    assert hlo is not None
+    # Keys and values, widened and by head.
+    assert len(re.findall(rf"= f32\[{Hkv},{T},32\]\S* fusion\(", hlo)) == 2
+
+
+@pytest.mark.skipif(not CPU_THREADS_DOTS, reason="this XLA runs small products on its own thread")
+@pytest.mark.parametrize("Hq", [8, 32])
+def test_few_rows_wake_no_threads(Hq: int) -> None:
+    q, *rest = _operands(4096, "float32")
+    q = jnp.tile(q, (1, Hq // 8, 1))
+    hlo = jax.jit(_forward).lower(q, *rest).compile().as_text()
+    assert hlo is not None
+    # A fusion of this kind is XLA's call of its library of products in parallel.
+    assert "kind=kCustom" not in hlo
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
