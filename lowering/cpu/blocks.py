@@ -24,10 +24,10 @@ from jax_ragged.lowering.reference import statistics_dtype
 _State = TypeVar("_State")
 _RowState = TypeVar("_RowState")
 
-# Elements of a block of keys: enough to be worth a step, few enough that reading past the end of
-# a short window is cheap.
-_BLOCK_ELEMENTS = 1 << 13
-_LEAST_POSITIONS, _MOST_POSITIONS = 32, 128
+# Positions of a block, by what is worth a step; and bounds to the elements of its keys, such that
+# no step is tiny, and what one operation writes is still in a core's cache when the next reads it.
+_POSITIONS = 32
+_LEAST_ELEMENTS, _MOST_ELEMENTS = 1 << 13, 1 << 16
 # Positions that are worth waking threads for.
 _THREADED_POSITIONS = 128
 # Up to so many rows that share a key head, products of each row with the block are faster than a
@@ -136,11 +136,11 @@ def _block_size(
     _, S, Hkv, D = key.shape
     if params.block_size is not None:
         return min(params.block_size, S)
-    rows = query.shape[1] * query.shape[2] // Hkv
-    threaded = CPU_THREADS_DOTS and rows > _ROWS_APART
-    least = _THREADED_POSITIONS if threaded else _LEAST_POSITIONS
-    by_elements = _BLOCK_ELEMENTS // (Hkv * max(D, value.shape[3]))
-    return min(S, max(least, min(_MOST_POSITIONS, by_elements)))
+    if CPU_THREADS_DOTS and query.shape[1] * query.shape[2] // Hkv > _ROWS_APART:
+        return min(S, _THREADED_POSITIONS)
+    elements = Hkv * max(D, value.shape[3])
+    T = max(min(_POSITIONS, _MOST_ELEMENTS // elements), _LEAST_ELEMENTS // elements)
+    return min(S, max(16, min(128, T)))
 
 
 def take(x: jax.Array, block: Block) -> jax.Array:
