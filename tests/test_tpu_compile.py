@@ -23,9 +23,9 @@ def _heads(Hkv: int) -> int:
 def _cases() -> Iterator[tuple[str, int, int, int, str]]:
     """Every (Hkv, D, dtype) for each generation, with Dv = D and with another Dv.
 
-    How keys are read follows from Hkv, D and dtype alone, how values are from Hkv, Dv and dtype.
-    The other Dv runs through all of HEAD_DIMS for each Hkv, dtype and generation too, and every
-    pair of D and Dv occurs. On older versions of JAX, and of libtpu with them, a part.
+    How keys are read follows from Hkv, D, dtype and whether Dv is D, and how values are from Dv
+    likewise. The other Dv runs through all of HEAD_DIMS for each Hkv, dtype and generation too, and
+    every pair of D and Dv occurs. On older versions of JAX, and of libtpu with them, a part.
     """
     shapes = itertools.product(enumerate(TOPOLOGIES), enumerate(HEADS), enumerate(DTYPES))
     for (g, generation), (h, Hkv), (t, dtype) in shapes:

@@ -24,8 +24,9 @@ from jax_ragged.lowering.reference import statistics_dtype
 _State = TypeVar("_State")
 _RowState = TypeVar("_RowState")
 
-# Positions of a block, by what is worth a step; and bounds to the elements of its keys, such that
-# no step is tiny, and what one operation writes is still in a core's cache when the next reads it.
+# Positions of a block in float32, in narrower types as many bytes; and bounds to the elements of
+# its keys, such that no step is tiny, and what one operation writes is still in a core's cache when
+# the next reads it.
 _POSITIONS = 32
 _LEAST_ELEMENTS, _MOST_ELEMENTS = 1 << 13, 1 << 16
 # Positions that are worth waking threads for.
@@ -139,13 +140,15 @@ def _block_size(
     if CPU_THREADS_DOTS and query.shape[1] * query.shape[2] // Hkv > _ROWS_APART:
         return min(S, _THREADED_POSITIONS)
     elements = Hkv * max(D, value.shape[3])
-    T = max(min(_POSITIONS, _MOST_ELEMENTS // elements), _LEAST_ELEMENTS // elements)
-    return min(S, max(16, min(128, T)))
+    T = min(_POSITIONS, _MOST_ELEMENTS // elements) * 4 // key.dtype.itemsize
+    return min(S, max(16, min(128, max(T, _LEAST_ELEMENTS // elements))))
 
 
 def take(x: jax.Array, block: Block) -> jax.Array:
     """A block of a cache [B, S, Hkv, D], widened and by head, [Hkv, T, D]; 0 where not used."""
     by_head = jnp.where(block.used[:, None], _slice(x, block).transpose(1, 0, 2), 0)
+    # Without the barrier, XLA before 0.11 leaves the heads interleaved, and a dot takes thrice as
+    # long; with it, XLA since then writes the block twice.
     return by_head if CPU_THREADS_DOTS else lax.optimization_barrier(by_head)
 
 
