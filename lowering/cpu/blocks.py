@@ -24,9 +24,8 @@ from jax_ragged.lowering.reference import statistics_dtype
 _State = TypeVar("_State")
 _RowState = TypeVar("_RowState")
 
-# Positions of a block in float32, in narrower types as many bytes; and bounds to the elements of
-# its keys, such that no step is tiny, and what one operation writes is still in a core's cache when
-# the next reads it.
+# Positions of a block, and bounds to the elements of its keys, such that no step is tiny, and what
+# one operation writes is still in a core's cache when the next reads it.
 _POSITIONS = 32
 _LEAST_ELEMENTS, _MOST_ELEMENTS = 1 << 13, 1 << 16
 # Positions that are worth waking threads for.
@@ -140,7 +139,9 @@ def _block_size(
     if CPU_THREADS_DOTS and query.shape[1] * query.shape[2] // Hkv > _ROWS_APART:
         return min(S, _THREADED_POSITIONS)
     elements = Hkv * max(D, value.shape[3])
-    T = min(_POSITIONS, _MOST_ELEMENTS // elements) * 4 // key.dtype.itemsize
+    T = min(_POSITIONS, _MOST_ELEMENTS // elements)
+    if CPU_THREADS_DOTS:  # Before, twice the positions are enough for XLA to wake threads.
+        T = T * 4 // key.dtype.itemsize
     return min(S, max(16, min(128, max(T, _LEAST_ELEMENTS // elements))))
 
 
