@@ -56,9 +56,15 @@ def test_blocks(case: Case) -> None:
             assert_close(got, want, tol, scale=max(1.0, np.abs(want).max(initial=0)))
 
 
-def _operands(S: int, dtype: str, Hkv: int = 4) -> tuple[jax.Array, ...]:
-    case = Case("program", (S, S // 2, 7), S=S, Hq=8, Hkv=Hkv, D=32, Dv=32, dtype=dtype)
+def _operands(S: int, dtype: str, Hkv: int = 4, Hq: int = 8) -> tuple[jax.Array, ...]:
+    case = Case("program", (S, S // 2, 7), S=S, Hq=Hq, Hkv=Hkv, D=32, Dv=32, dtype=dtype)
     return tuple(map(jnp.asarray, case.operands()[:4]))
+
+
+def _hlo(function: Any, *operands: Any) -> str:
+    text = jax.jit(function).lower(*operands).compile().as_text()
+    assert text is not None
+    return text
 
 
 def _forward(q: Any, k: Any, v: Any, lengths: Any) -> Any:
@@ -99,11 +105,8 @@ def test_memory_does_not_grow_with_the_cache(program: str, dtype: str) -> None:
 @pytest.mark.parametrize("Hkv", [4, 16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_copy_of_the_cache(dtype: str, Hkv: int) -> None:
-    operands = _operands(4096, dtype, Hkv)
-    if Hkv == 16:
-        operands = (jnp.tile(operands[0], (1, 2, 1)), *operands[1:])
-    hlo = jax.jit(_forward).lower(*operands).compile().as_text()
-    assert hlo is not None
+    operands = _operands(4096, dtype, Hkv, Hq=max(8, Hkv))
+    hlo = _hlo(_forward, *operands)
     # Neither a copy nor a conversion that writes as many elements as the cache has.
     sizes = [
         int(np.prod([int(n) for n in dims.split(",")]))
@@ -116,15 +119,12 @@ def test_no_copy_of_the_cache(dtype: str, Hkv: int) -> None:
 @pytest.mark.parametrize("Hkv", [4, 16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_each_block_is_written_once(dtype: str, Hkv: int) -> None:
-    q, k, v, lengths = _operands(4096, dtype, Hkv)
-    q = jnp.tile(q, (1, Hkv // 4, 1))
     T = 50
 
     def forward(*operands: Any) -> Any:
         return ragged_attention(*operands, block_size=T).out
 
-    hlo = jax.jit(forward).lower(q, k, v, lengths).compile().as_text()
-    assert hlo is not None
+    hlo = _hlo(forward, *_operands(4096, dtype, Hkv, Hq=2 * Hkv))
     # Keys and values, widened and by head.
     assert len(re.findall(rf"= f32\[{Hkv},{T},32\]\S* fusion\(", hlo)) == 2
 
@@ -132,10 +132,7 @@ def test_each_block_is_written_once(dtype: str, Hkv: int) -> None:
 @pytest.mark.skipif(not CPU_THREADS_DOTS, reason="this XLA runs small products on its own thread")
 @pytest.mark.parametrize("Hq", [8, 32])
 def test_few_rows_wake_no_threads(Hq: int) -> None:
-    q, *rest = _operands(4096, "float32")
-    q = jnp.tile(q, (1, Hq // 8, 1))
-    hlo = jax.jit(_forward).lower(q, *rest).compile().as_text()
-    assert hlo is not None
+    hlo = _hlo(_forward, *_operands(4096, "float32", Hq=Hq))
     # A fusion of this kind is XLA's call of its library of products in parallel.
     assert "kind=kCustom" not in hlo
 
@@ -150,9 +147,7 @@ def test_gradients_of_the_cache_are_not_copied(dtype: str, layers: int) -> None:
         return q.astype(jnp.float32).sum()
 
     q, k, v, lengths = _operands(4096, dtype)
-    grad = jax.jit(jax.grad(loss, (1, 2)))
-    hlo = grad.lower(q, [k] * layers, [v] * layers, lengths).compile().as_text()
-    assert hlo is not None
+    hlo = _hlo(jax.grad(loss, (1, 2)), q, [k] * layers, [v] * layers, lengths)
     dims = ",".join(map(str, k.shape))
     assert re.search(rf"= \w+\[{dims}\]\S* fusion\(", hlo)
     assert not re.search(rf"= \w+\[{dims}\]\S* copy\(", hlo)
