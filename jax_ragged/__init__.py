@@ -7,7 +7,9 @@ from jax_ragged._attention import (
 )
 from jax_ragged._costs import Costs, EquationCost, costs
 from jax_ragged._merge import merge_partials
+from jax_ragged.lowering.contract import Lowering, Unsupported
 from jax_ragged.lowering.params import DEFAULT_MASK_VALUE
+from jax_ragged.primitives import register_lowering
 
 __version__ = "0.1.0"
 
@@ -15,10 +17,13 @@ __all__ = [
     "DEFAULT_MASK_VALUE",
     "Costs",
     "EquationCost",
+    "Lowering",
     "RaggedAttention",
+    "Unsupported",
     "__version__",
     "costs",
     "merge_partials",
     "ragged_attention",
     "reference_ragged_attention",
+    "register_lowering",
 ]

@@ -8,23 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from jax_ragged.lowering import reference
-from jax_ragged.lowering._compat import INLINE_EQUATIONS, pcast_to_varying, varying_axes
+from jax_ragged.lowering._compat import INLINE_EQUATIONS
+from jax_ragged.lowering.contract import Operands
 from jax_ragged.lowering.params import (
     DEFAULT_MASK_VALUE,
     Implementation,
     RaggedAttentionParams,
+    statistics_dtype,
 )
 from jax_ragged.lowering.sharding import split_alike
 from jax_ragged.primitives import ragged_attention_p
+from jax_ragged.primitives._primitive import bind
 
 
 class RaggedAttention(NamedTuple):
     """The results of ragged attention.
 
     Attributes:
-      out: [B, (Q,) Hq, Dv] in the dtype of query: the normalised attention output.
+      out: [B, (Q,) Hq, Dv] in `out_dtype`, by default that of query: the normalised attention
+        output.
       max_logits: [B, (Q,) Hq] in float32 (float64 for float64): the largest logit of the window,
         `mask_value` for an empty one.
       denominator: as max_logits: the sum of `exp(logit - max_logits)` over the window.
@@ -106,6 +111,26 @@ def _check(query: Any, key: Any, value: Any, lengths: Any, starts: Any) -> None:
             )
 
 
+def _out_dtype(out_dtype: DTypeLike | None, query: Any) -> str | None:
+    """The name of out_dtype, None for the dtype of query."""
+    if out_dtype is None:
+        return None
+    try:
+        name = jnp.dtype(out_dtype).name
+    except TypeError as error:
+        raise TypeError(
+            f"ragged_attention: out_dtype must be a dtype or None; got {out_dtype!r} of type "
+            f"{type(out_dtype).__name__}. Pass 'float32' for results that are merged."
+        ) from error
+    wide = statistics_dtype(query.dtype).name
+    if name not in (query.dtype.name, wide):
+        raise TypeError(
+            f"ragged_attention: out_dtype must be the dtype of query, {query.dtype}, or that of "
+            f"the statistics, {wide}; got {name}. Cast out with .astype."
+        )
+    return None if name == query.dtype.name else name
+
+
 def _window_bound(x: jax.Array, rank: int) -> jax.Array:
     """Casts to int32 [B] or [B, 1 or Q]; what int32 cannot hold is out of range and saturates."""
     limits = np.iinfo(np.int32)
@@ -128,9 +153,7 @@ def _operands(
     if rank == 2:
         key, value = jnp.expand_dims(key, 1), jnp.expand_dims(value, 1)
     windows = (_window_bound(lengths, rank), _window_bound(starts, rank))
-    operands = split_alike((query, key, value, *windows), rank)
-    varying = frozenset[str]().union(*map(varying_axes, operands))
-    return tuple(pcast_to_varying(x, varying) for x in operands)
+    return split_alike((query, key, value, *windows), rank)
 
 
 # inline: in a jaxpr the equation stands by itself. jit: an eager call is one cached program,
@@ -146,7 +169,7 @@ def _ragged_attention(
     params: RaggedAttentionParams,
 ) -> RaggedAttention:
     operands = _operands(query, key, value, lengths, starts)
-    return RaggedAttention(*ragged_attention_p.bind(*operands, params=params))
+    return RaggedAttention(*bind(ragged_attention_p, *operands, params=params))
 
 
 @functools.partial(jax.jit, static_argnames="params", inline=INLINE_EQUATIONS)
@@ -168,14 +191,14 @@ def _reference_ragged_attention(
     if rank == 1:
         query, lengths, starts = query[:, None], lengths[:, None], starts[:, None]
     valid = reference.window_mask(lengths, starts, key.shape[1])
-    results = reference.forward(
+    operands = Operands(
         query,
         reference.zero_outside(key, valid),
         reference.zero_outside(value, valid),
         lengths,
         starts,
-        params=params,
     )
+    results = reference.forward(operands, params)
     return RaggedAttention(*(x[:, 0] if rank == 1 else x for x in results))
 
 
@@ -201,6 +224,7 @@ def ragged_attention(
     mask_value: float = DEFAULT_MASK_VALUE,
     implementation: Implementation | None = None,
     partition: PartitionSpec | None = None,
+    out_dtype: DTypeLike | None = None,
 ) -> RaggedAttention:
     """Attention of every row of a batch to its own window of a key/value cache.
 
@@ -234,6 +258,8 @@ def ragged_attention(
         where it has one for the call.
       partition: mesh axes of (B, [Q,] heads) under jit on a mesh of automatic axes, where a
         kernel cannot be partitioned by the compiler.
+      out_dtype: the dtype of `out`: that of query, the default, or that of the statistics, so
+        that partial results of narrow operands merge without being rounded first.
 
     Returns:
       The named tuple `RaggedAttention(out, max_logits, denominator)`.
@@ -255,6 +281,7 @@ def ragged_attention(
         mask_value=mask_value,
         implementation=implementation,
         partition=partition,
+        out_dtype=_out_dtype(out_dtype, query),
     )
     results: RaggedAttention = _ragged_attention(query, key, value, lengths, starts, params=params)
     return results

@@ -17,9 +17,9 @@ from jax_ragged.primitives import (
     ragged_attention_p,
     ragged_attention_vjp_p,
 )
-from jax_ragged.primitives._avals import DIFFERENTIABLE, PRIMALS, RESULTS, TRAILING
 from jax_ragged.primitives._folding import Folding
-from jax_ragged.primitives._primitive import gather
+from jax_ragged.primitives._primitive import definition_of
+from jax_ragged.primitives._signature import PRIMALS, Signature
 
 Array = npt.NDArray[Any]
 
@@ -216,7 +216,7 @@ def _equation_cost(eqn: JaxprEqn, scopes: Sequence[Scope], where: tuple[str, ...
     trips = None if None in weights else sum(w for w in weights if w is not None)
     exact = _sum_of_runs(
         weights,
-        [call.known_amounts(*map(scope.read, eqn.invars[3:5])) for scope in scopes],
+        [call.known_amounts(*call.windows(eqn, scope)) for scope in scopes],
     )
     at_most = call.amounts(np.array(call.sizes["S"]), np.array(0))
     return EquationCost(
@@ -254,6 +254,7 @@ def _sum_of_runs(
 class _Call:
     """The operands and results of one equation by name, and its folded sizes."""
 
+    signature: Signature
     operands: Mapping[str, Any]
     results: Mapping[str, Any]
     leading: tuple[int, ...]
@@ -261,33 +262,28 @@ class _Call:
 
     @classmethod
     def of(cls, eqn: JaxprEqn) -> "_Call":
-        names, results, shared = [*PRIMALS], [*RESULTS], list[Any]()
-        if eqn.primitive is ragged_attention_jvp_p:
-            names += [*RESULTS, *(f"{n}_dot" for n in gather(eqn.params["wrt"], DIFFERENTIABLE))]
-            results = [f"{n}_dot" for n in RESULTS]
-        elif eqn.primitive is ragged_attention_vjp_p:
-            names += [*RESULTS, *(f"{n}_bar" for n in gather(eqn.params["given"], RESULTS))]
-            results = [f"{n}_bar" for n in gather(eqn.params["wrt"], DIFFERENTIABLE)]
-            shared = [*eqn.params["shared"]]
-        operands = {n: aval_of(x) for n, x in zip(names, eqn.invars, strict=True)}
-        query, key, value = (operands[n] for n in DIFFERENTIABLE)
-        rank = query.ndim - 2
-        folding = Folding.of(
-            rank,
-            [a for n, a in operands.items() if not _is_cache(n)],
-            [a for n, a in operands.items() if _is_cache(n)],
-            [s for n, s in zip(results, shared, strict=False) if _is_cache(n)],
-        )
-        Hq, D = query.shape[rank:]
-        S, Hkv, Dv = value.shape[rank:]
-        sizes = {"B": folding.B, "Q": folding.Q, "Hq": Hq, "Hkv": Hkv, "S": S, "D": D, "Dv": Dv}
+        signature = definition_of(eqn.primitive).signature(**eqn.params)
+        operands = signature.bind([aval_of(x) for x in eqn.invars])
+        results = {
+            spec.name: aval_of(x) for spec, x in zip(signature.results, eqn.outvars, strict=True)
+        }
+        folding = Folding.of(signature, operands)
+        sizes = {"B": folding.B, "Q": folding.Q}
+        for spec in PRIMALS:
+            trailing = operands[spec.name].shape[len(folding.leading) :]
+            sizes |= dict(zip(spec.trailing, trailing, strict=True))
+        key = operands["key"]
         if not all(isinstance(n, int) for n in sizes.values()):
             raise ValueError(
                 f"costs: every size must be known; got {key.str_short()} for key. "
                 "Trace the function with static shapes."
             )
-        named = {n: aval_of(x) for n, x in zip(results, eqn.outvars, strict=True)}
-        return cls(operands, named, folding.leading, sizes)
+        return cls(signature, operands, results, folding.leading, sizes)
+
+    def windows(self, eqn: JaxprEqn, scope: Scope) -> tuple[Array | None, Array | None]:
+        """The lengths and starts of the equation, as far as they are known in a run of it."""
+        atoms = self.signature.bind(eqn.invars)
+        return scope.read(atoms["lengths"]), scope.read(atoms["starts"])
 
     def known_amounts(self, lengths: Array | None, starts: Array | None) -> tuple[int, int] | None:
         """The amounts, or None where the windows are not known."""
@@ -300,10 +296,11 @@ class _Call:
         begin = np.broadcast_to(np.maximum(starts, 0).astype(np.int64), self.leading)
         windows = (begin, np.maximum(begin, end))
         moved = sum(a.size * a.dtype.itemsize for a in self.results.values())
-        for name, aval in self.operands.items():
-            if not self._needed(name):
+        for spec in self.signature.operands:
+            aval = self.operands[spec.name]
+            if not self._needed(spec.name):
                 continue
-            if _is_cache(name):
+            if spec.is_cache:
                 positions = _union(*windows, aval.shape[: len(self.leading)])
                 moved += positions * math.prod(aval.shape[-2:]) * aval.dtype.itemsize
             else:
@@ -332,10 +329,6 @@ class _Call:
         width = D + Dv * self._moves_probabilities
         width += D * len({"query_dot", "key_dot", "query_bar", "key_bar"} & names)
         return width + Dv * len({"value_dot", "value_bar"} & names)
-
-
-def _is_cache(name: str) -> bool:
-    return TRAILING[name.removesuffix("_dot").removesuffix("_bar")][:1] == ("S",)
 
 
 def _union(begin: Array, end: Array, leading: Sequence[int]) -> int:

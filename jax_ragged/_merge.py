@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jax_ragged._attention import RaggedAttention
-from jax_ragged.lowering.reference import statistics_dtype
+from jax_ragged.lowering.params import statistics_dtype
 
 AxisNames = tuple[str, ...]
 

@@ -1,124 +1,187 @@
-"""Which implementation runs: the platform's kernel where it has one that can, else the reference.
+"""Which lowering runs: the platform's where it takes the call, else the reference.
 
-A platform's module (cpu, tpu, gpu) has the functions of the reference that it makes faster, by
-the same names and on the same folded arrays, and
-
-    unsupported(operation, query, key, value, params, device_kind) -> str | None
-
-which says why it leaves a call to the reference, or None if it takes it. What a user has to
-decide, it raises as NotImplementedError instead.
+One policy holds on all platforms. `implementation=None` takes the platform's kernel, or the
+reference for a call that the kernel refuses: the refusal is logged, and is a warning if the caller
+can lift it. `"kernel"` raises the refusal. `"reference"` asks for the reference.
 """
 
 import dataclasses
-import functools
 import importlib
 import warnings
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
 from absl import logging
 from jax.interpreters import mlir
 
-from jax_ragged.lowering import reference
 from jax_ragged.lowering._compat import device_kind, interpret_mode
-from jax_ragged.lowering.reference import Residuals
+from jax_ragged.lowering.contract import (
+    ByOperand,
+    ByResult,
+    Lowering,
+    Operands,
+    Residuals,
+    Unsupported,
+)
+from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.reference import REFERENCE
 
-# Imported when first lowered for: Pallas is slow to import.
-_MODULES: dict[str, str] = {
+# By platform: a lowering, or the module whose LOWERING it is. A module is imported when a program
+# is first lowered for its platform, since Pallas is slow to import.
+_LOWERINGS: dict[str, Lowering | str] = {
     "cpu": "jax_ragged.lowering.cpu",
     "tpu": "jax_ragged.lowering.tpu",
     "cuda": "jax_ragged.lowering.gpu",
 }
 
 
-@functools.cache
-def _module(platform: str) -> ModuleType | None:
-    return importlib.import_module(_MODULES[platform]) if platform in _MODULES else None
+def register(platform: str, lowering: Lowering) -> None:
+    """Makes a lowering that of a platform, in place of an earlier one."""
+    _LOWERINGS[platform] = lowering
+
+
+def lowering_for(platform: str) -> Lowering | None:
+    """The lowering of a platform, or None for one without kernels."""
+    found = _LOWERINGS.get(platform)
+    if isinstance(found, str):
+        found = _LOWERINGS[platform] = importlib.import_module(found).LOWERING
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
-class Implementation:
-    """One platform's forward, jvp and vjp, called as those of `lowering.reference`.
+class Target:
+    """The place that one call is lowered for; it runs the operations there.
 
     Attributes:
-      platform: as JAX names it, or "default" for one without kernels.
-      device_kind: of the devices lowered for, or None where they are not known.
-      unpartitioned_devices: over how many the compiler would have to partition the call, which
-        it can the reference only.
+      platform: the platform's name in JAX, or "default" for one without kernels.
+      device_kind: the kind of the devices, or None where they are not known.
+      unpartitioned_devices: the number of devices over which the compiler would have to partition
+        the call. It can partition the reference only.
+      summed: whether each result is summed over the shards of a mesh afterwards; empty for none.
     """
 
     platform: str
     device_kind: str | None = None
     unpartitioned_devices: int = 1
+    summed: tuple[bool, ...] = ()
 
-    def forward(self, *operands: Any, params: Any) -> reference.Arrays3:
-        results: reference.Arrays3 = self._run("forward", operands, *operands, params=params)
+    def forward(self, operands: Operands, params: RaggedAttentionParams) -> ByResult[jax.Array]:
+        """Runs `Lowering.forward`."""
+        results: ByResult[jax.Array] = self._run("forward", params, operands)
         return results
 
-    def jvp(self, residuals: Residuals, *rest: Any, params: Any) -> reference.Arrays3:
-        tangents: reference.Arrays3 = self._run("jvp", residuals, residuals, *rest, params=params)
-        return tangents
+    def jvp(
+        self,
+        residuals: Residuals,
+        tangents: ByOperand[jax.Array | None],
+        params: RaggedAttentionParams,
+    ) -> ByResult[jax.Array]:
+        """Runs `Lowering.jvp`."""
+        dots: ByResult[jax.Array] = self._run("jvp", params, residuals, tangents)
+        return dots
 
-    def vjp(self, residuals: Residuals, *rest: Any, params: Any) -> reference.Optional3:
-        grads: reference.Optional3 = self._run("vjp", residuals, residuals, *rest, params=params)
-        return grads
+    def vjp(
+        self,
+        residuals: Residuals,
+        cotangents: ByResult[jax.Array | None],
+        wrt: ByOperand[Any],
+        params: RaggedAttentionParams,
+    ) -> ByOperand[jax.Array | None]:
+        """Runs `Lowering.vjp`."""
+        bars: ByOperand[jax.Array | None] = self._run("vjp", params, residuals, cotangents, wrt)
+        return bars
 
-    def _run(self, operation: str, operands: tuple[Any, ...], *arguments: Any, params: Any) -> Any:
-        query, key, value = operands[:3]
-        reason = self.why_reference(operation, query, key, value, params)
-        if reason is not None and params.implementation == "kernel":
-            raise NotImplementedError(
-                f"ragged_attention: implementation='kernel' cannot be honoured on {self.platform}: "
-                f"{reason}. Pass implementation='reference', or None to let the lowering choose."
-            )
-        name = "reference" if reason is not None else f"{self.platform}_kernel"
-        module = reference if reason is not None else _module(self.platform)
-        logging.vlog(1, "ragged_attention %s: %s (%s)", operation, name, reason or "supported")
-        run: Callable[..., Any] = getattr(module, operation)
-        # The scope shows in HLO metadata and profiles which implementation was chosen.
-        with jax.named_scope(f"ragged_attention_{operation}_{name}"):
-            return run(*arguments, params=params, **self._context(module))
-
-    def _context(self, module: ModuleType | None) -> dict[str, Any]:
-        """What a module whose kernels differ by kind of device is told besides."""
-        return {"device_kind": self.device_kind} if hasattr(module, "BY_DEVICE_KIND") else {}
-
-    def why_reference(
-        self, operation: str, query: Any, key: Any, value: Any, params: Any
-    ) -> str | None:
-        """Why the reference runs this call, or None if the platform's kernel does."""
+    def _run(self, operation: str, params: RaggedAttentionParams, *arguments: Any) -> Any:
         if params.implementation == "reference":
-            return "the reference was asked for"
-        module = _module(self.platform)
-        if module is None:
-            return "the platform has no kernels"
-        if not hasattr(module, operation):
-            return f"the platform has no kernel for {operation}"
-        reason: str | None = module.unsupported(
-            operation, query, key, value, params, self.device_kind
-        )
-        if reason is None and self.unpartitioned_devices > 1:
-            reason = (
-                f"its kernel cannot be partitioned over {self.unpartitioned_devices} devices by "
-                "the compiler. Call ragged_attention with partition=PartitionSpec(batch axes, "
-                "head axes) under jax.set_mesh(mesh), inside jax.shard_map, or on a mesh of "
-                "explicit axes"
-            )
-            if params.implementation is None:
-                warnings.warn(
-                    f"ragged_attention: the reference runs on {self.platform}: {reason}; or pass "
-                    "implementation='reference' to have this without a warning.",
-                    stacklevel=2,
+            return self._call(REFERENCE, operation, "reference", params, *arguments)
+        try:
+            lowering = self.lowering(arguments[0])
+            name = f"{self.platform}_kernel"
+            return self._call(lowering, operation, name, params, *arguments)
+        except Unsupported as refusal:
+            refuse(refusal, operation, self.platform, params)
+        return self._call(REFERENCE, operation, "reference", params, *arguments)
+
+    def _call(
+        self,
+        lowering: Lowering,
+        operation: str,
+        name: str,
+        params: RaggedAttentionParams,
+        *arguments: Any,
+    ) -> Any:
+        # The scope shows in HLO metadata and profiles which lowering was chosen.
+        with jax.named_scope(f"ragged_attention_{operation}_{name}"):
+            results = getattr(lowering, operation)(*arguments, params, self.device_kind)
+        logging.vlog(1, "ragged_attention %s: %s", operation, name)
+        return results
+
+    def lowering(self, arrays: Operands | Residuals) -> Lowering:
+        """The platform's lowering, after the checks that all platforms share.
+
+        Raises:
+          Unsupported: if there is none, or for a call that no kernel takes.
+        """
+        lowering = lowering_for(self.platform)
+        if lowering is None:
+            raise Unsupported("the platform has no kernels")
+        for name, x in arrays._asdict().items():
+            if not all(isinstance(size, int) for size in x.shape):
+                raise Unsupported(
+                    f"its kernels need sizes known while tracing, and {name} has shape {x.shape}"
                 )
-        return reason
+            if 0 in x.shape:
+                raise Unsupported(f"there is nothing to compute, since {name} has shape {x.shape}")
+        if self.unpartitioned_devices > 1:
+            raise Unsupported(
+                f"its kernel cannot be partitioned over {self.unpartitioned_devices} devices by "
+                "the compiler",
+                "Call ragged_attention with partition=PartitionSpec(batch axes, head axes) under "
+                "jax.set_mesh(mesh), inside jax.shard_map, or on a mesh of explicit axes.",
+            )
+        return lowering
 
 
-def implementation_for(
-    platform: str, ctx: mlir.LoweringRuleContext, unpartitioned_devices: int = 1
-) -> Implementation:
-    """The implementation for a platform, as the lowering context stands."""
+def refuse(
+    refusal: Unsupported, operation: str, platform: str, params: RaggedAttentionParams
+) -> None:
+    """Answers a refusal by the policy: raises it for "kernel", else logs it, and perhaps warns."""
+    advice = f"{refusal.advice} " if refusal.advice else ""
+    if params.implementation == "kernel":
+        raise NotImplementedError(
+            f"ragged_attention: implementation='kernel' cannot be honoured on {platform}: "
+            f"{refusal.reason}. {advice}"
+            "Pass implementation='reference', or None to let the lowering choose."
+        ) from refusal
+    logging.vlog(1, "ragged_attention %s: no kernel (%s)", operation, refusal.reason)
+    if refusal.advice:
+        warnings.warn(
+            f"ragged_attention: the reference runs on {platform}: {refusal.reason}. {advice}"
+            "Pass implementation='reference' to have it without this warning.",
+            stacklevel=2,
+        )
+
+
+def target_of(
+    platform: str,
+    ctx: mlir.LoweringRuleContext,
+    unpartitioned_devices: int = 1,
+    summed: tuple[bool, ...] = (),
+) -> Target:
+    """The target of a lowering rule, as its context stands."""
     if platform == "cpu" and interpret_mode() is not None:
         platform = "tpu"
-    return Implementation(platform, device_kind(ctx), unpartitioned_devices)
+    return Target(platform, device_kind(ctx), unpartitioned_devices, summed)
+
+
+def higher_order_target(params: RaggedAttentionParams) -> Target:
+    """The target of what derivatives of second and higher order need: the reference.
+
+    No lowering has kernels for them. The reference forms the logits of all S positions.
+
+    Raises:
+      NotImplementedError: while tracing, for `implementation="kernel"`.
+    """
+    refusal = Unsupported("derivatives of second and higher order have no kernel")
+    refuse(refusal, "higher order", "every platform", params)
+    return Target("default")

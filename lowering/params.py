@@ -5,14 +5,21 @@ import math
 import numbers
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 # What max_logits holds for an empty window: 0.7 times the most negative float32, so that the
 # difference of two of them stays finite.
 DEFAULT_MASK_VALUE = -2.381976426469702e38
 
 Implementation = Literal["reference", "kernel"]
+
+
+def statistics_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """The dtype of logits, statistics and accumulators: float64 for float64, else float32."""
+    return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
 
 
 def _number(name: str, value: Any) -> float:
@@ -40,6 +47,7 @@ class RaggedAttentionParams:
       mask_value: `max_logits` of an empty window, finite in float32.
       implementation: "reference" or "kernel" forces one, None lets the lowering choose.
       partition: mesh axes of the leading dimensions and, last, of the heads, or None.
+      out_dtype: the name of the dtype of `out`, or None for that of query.
     """
 
     softmax_scale: float = 1.0
@@ -48,6 +56,7 @@ class RaggedAttentionParams:
     mask_value: float = DEFAULT_MASK_VALUE
     implementation: Implementation | None = None
     partition: PartitionSpec | None = None
+    out_dtype: str | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -90,6 +99,25 @@ class RaggedAttentionParams:
                 "ragged_attention: partition must be a jax.sharding.PartitionSpec or None; "
                 f"got {self.partition!r} of type {type(self.partition).__name__}."
             )
+
+        if self.out_dtype is not None:
+            try:
+                set_field(self, "out_dtype", jnp.dtype(self.out_dtype).name)
+            except TypeError as error:
+                raise TypeError(
+                    "ragged_attention: out_dtype must be a dtype or None; "
+                    f"got {self.out_dtype!r} of type {type(self.out_dtype).__name__}."
+                ) from error
+
+    def result_dtype(self, query_dtype: DTypeLike) -> np.dtype[Any]:
+        """The dtype of `out`, of its tangent and of its cotangent."""
+        return jnp.dtype(query_dtype if self.out_dtype is None else self.out_dtype)
+
+    def with_unrounded_out(self, query_dtype: DTypeLike) -> "RaggedAttentionParams":
+        """The same, but for an `out` in the dtype of the statistics, as derivatives need it."""
+        wide = statistics_dtype(query_dtype)
+        out_dtype = None if wide == jnp.dtype(query_dtype) else wide.name
+        return dataclasses.replace(self, out_dtype=out_dtype)
 
     def __repr__(self) -> str:
         """Names what differs from the defaults, for jaxprs."""

@@ -9,34 +9,14 @@ starts [B, Q]. In the comments, for one query and one head, with t running over 
 The maximum is attained at t*, the first such position; everywhere else its derivative is 0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_ragged.lowering.params import RaggedAttentionParams
-
-Arrays3 = tuple[jax.Array, jax.Array, jax.Array]
-Optional3 = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
-
-
-class Residuals(NamedTuple):
-    """What the derivatives start from: the operands of the forward and its results."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    lengths: jax.Array
-    starts: jax.Array
-    out: jax.Array
-    max_logits: jax.Array
-    denominator: jax.Array
-
-
-def statistics_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """float64 for float64, else float32: of logits, statistics and accumulators."""
-    return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
+from jax_ragged.lowering.contract import ByOperand, ByResult, Lowering, Operands, Residuals
+from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
 
 
 def window_mask(lengths: jax.Array, starts: jax.Array, S: int) -> jax.Array:
@@ -86,16 +66,9 @@ def _scaled_dot(q: jax.Array, k: jax.Array, params: RaggedAttentionParams) -> ja
     return params.softmax_scale * _dot("bqhgd,bshd->bqhgs", q, k)
 
 
-def forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    *,
-    params: RaggedAttentionParams,
-) -> Arrays3:
+def forward(operands: Operands, params: RaggedAttentionParams) -> ByResult[jax.Array]:
     """Returns out [B, Q, Hq, Dv], max_logits and denominator [B, Q, Hq]."""
+    query, key, value, lengths, starts = operands
     S, Hkv = key.shape[1:3]
     valid = window_mask(lengths, starts, S)
     z, _ = _cap(_scaled_dot(_group(query, Hkv), key, params), params)
@@ -113,7 +86,8 @@ def forward(
     denominator = p.sum(axis=-1)
     out = _dot("bqhgs,bshe->bqhge", p, zero_outside(value, valid))
     out = out * inverse(denominator)[..., None]
-    return _ungroup(out.astype(query.dtype)), _ungroup(m), _ungroup(denominator)
+    out = out.astype(params.result_dtype(query.dtype))
+    return ByResult(_ungroup(out), _ungroup(m), _ungroup(denominator))
 
 
 def inverse(denominator: jax.Array) -> jax.Array:
@@ -156,10 +130,9 @@ def _softmax(
 
 def jvp(
     residuals: Residuals,
-    tangents: Optional3,
-    *,
+    tangents: ByOperand[jax.Array | None],
     params: RaggedAttentionParams,
-) -> Arrays3:
+) -> ByResult[jax.Array]:
     """Tangents of (out, max_logits, denominator) for tangents of (query, key, value).
 
     A None among the tangents is a zero. With a dot for a tangent:
@@ -191,16 +164,16 @@ def jvp(
     if v_dot is not None:
         v_dot = zero_outside(v_dot, valid)
         o_dot += _dot("bqhgs,bshe->bqhge", softmax.p * softmax.inverse, v_dot)
-    return _ungroup(o_dot.astype(out.dtype)), _ungroup(m_dot), _ungroup(l_dot)
+    o_dot = o_dot.astype(params.result_dtype(query.dtype))
+    return ByResult(_ungroup(o_dot), _ungroup(m_dot), _ungroup(l_dot))
 
 
 def vjp(
     residuals: Residuals,
-    cotangents: Optional3,
-    wrt: tuple[bool, bool, bool],
-    *,
+    cotangents: ByResult[jax.Array | None],
+    wrt: ByOperand[Any],
     params: RaggedAttentionParams,
-) -> Optional3:
+) -> ByOperand[jax.Array | None]:
     """Cotangents of those of (query, key, value) that wrt asks for: the transpose of jvp.
 
     A None among the cotangents (o', m', l') of (out, max_logits, denominator) is a zero:
@@ -225,8 +198,8 @@ def vjp(
         delta = (o_bar.astype(wide) * o.astype(wide)).sum(axis=-1, keepdims=True)
         p_normal = softmax.p * softmax.inverse
         z_bar += p_normal * (_dot("bqhge,bshe->bqhgs", o_bar, v) - delta)
-        if wrt[2]:
-            v_bar = _dot("bqhgs,bqhge->bshe", p_normal, o_bar).astype(value.dtype)
+        if wrt.value is not None:
+            v_bar = _dot("bqhgs,bqhge->bshe", p_normal, o_bar).astype(wrt.value)
     at_max_bar = jnp.zeros_like(m)
     if l_bar is not None:
         z_bar += l_bar[..., None] * softmax.p
@@ -238,8 +211,45 @@ def vjp(
     s_bar = z_bar * params.softmax_scale
     if softmax.dz_ds is not None:
         s_bar *= softmax.dz_ds
-    q_bar = _ungroup(_dot("bqhgs,bshd->bqhgd", s_bar, k).astype(query.dtype)) if wrt[0] else None
-    k_bar = _dot("bqhgs,bqhgd->bshd", s_bar, q).astype(key.dtype) if wrt[1] else None
-    if wrt[2] and v_bar is None:
-        v_bar = jnp.zeros_like(value)
-    return q_bar, k_bar, v_bar
+    q_bar = k_bar = None
+    if wrt.query is not None:
+        q_bar = _ungroup(_dot("bqhgs,bshd->bqhgd", s_bar, k).astype(wrt.query))
+    if wrt.key is not None:
+        k_bar = _dot("bqhgs,bqhgd->bshd", s_bar, q).astype(wrt.key)
+    if wrt.value is not None and v_bar is None:
+        v_bar = jnp.zeros(value.shape, wrt.value)
+    return ByOperand(q_bar, k_bar, v_bar)
+
+
+class _Reference(Lowering):
+    """The reference as a lowering: it takes every call."""
+
+    def forward(
+        self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
+    ) -> ByResult[jax.Array]:
+        del device_kind
+        return forward(operands, params)
+
+    def jvp(
+        self,
+        residuals: Residuals,
+        tangents: ByOperand[jax.Array | None],
+        params: RaggedAttentionParams,
+        device_kind: str | None,
+    ) -> ByResult[jax.Array]:
+        del device_kind
+        return jvp(residuals, tangents, params)
+
+    def vjp(
+        self,
+        residuals: Residuals,
+        cotangents: ByResult[jax.Array | None],
+        wrt: ByOperand[Any],
+        params: RaggedAttentionParams,
+        device_kind: str | None,
+    ) -> ByOperand[jax.Array | None]:
+        del device_kind
+        return vjp(residuals, cotangents, wrt, params)
+
+
+REFERENCE = _Reference()

@@ -94,25 +94,29 @@ class Layout:
         left = axes_of_type(self.mesh, AxisType.Auto) - self.axes
         return math.prod(self.mesh.shape[axis] for axis in left)
 
+    @property
+    def sums(self) -> list[tuple[str, ...]]:
+        """The mesh axes over which each result is summed.
+
+        A result that is not split over an axis that splits the operands is a sum over the shards:
+        the gradient of a shared cache, or of the one key head of many query heads.
+        """
+        split = frozenset(_named(self.in_specs))
+        return [tuple(sorted(split - set(_named([spec])))) for spec in self.out_specs]
+
     def per_shard(
         self, run: Callable[..., Sequence[jax.Array]]
     ) -> Callable[..., Sequence[jax.Array]]:
-        """Wraps `run` to be called on the shards of its operands.
-
-        A result that is not split over an axis that splits the operands is a sum over what they
-        hold: the gradient of a shared cache, or of the one key head of many query heads.
-        """
+        """Wraps `run` to be called on the shards of its operands, and sums its results."""
         if not self.axes:
             return run
-        split = frozenset(_named(self.in_specs))
-        sums = [tuple(sorted(split - set(_named([spec])))) for spec in self.out_specs]
 
         def shard(*operands: jax.Array) -> tuple[jax.Array, ...]:
             varying = frozenset[str]().union(*map(varying_axes, operands))
             results = run(*(pcast_to_varying(x, varying) for x in operands))
             return tuple(
                 jax.lax.psum(pcast_to_varying(x, axes), axes) if axes else x
-                for x, axes in zip(results, sums, strict=True)
+                for x, axes in zip(results, self.sums, strict=True)
             )
 
         sharded: Callable[..., Sequence[jax.Array]] = jax.shard_map(

@@ -10,71 +10,52 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jax_ragged.lowering._compat import varying_axes
-from jax_ragged.lowering.reference import statistics_dtype
+from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.sharding import Layout, axes_of_type, axis_names
 from jax_ragged.primitives._folding import is_one, joined_size
-
-PRIMALS = ("query", "key", "value", "lengths", "starts")
-DIFFERENTIABLE = PRIMALS[:3]
-RESULTS = ("out", "max_logits", "denominator")
-
-# Dimensions that follow the leading ones, by operand and result.
-TRAILING: Mapping[str, tuple[str, ...]] = {
-    "query": ("Hq", "D"),
-    "key": ("S", "Hkv", "D"),
-    "value": ("S", "Hkv", "Dv"),
-    "lengths": (),
-    "starts": (),
-    "out": ("Hq", "Dv"),
-    "max_logits": ("Hq",),
-    "denominator": ("Hq",),
-}
+from jax_ragged.primitives._signature import Signature, Spec
 
 
 def _describe(operands: Mapping[str, ShapedArray]) -> str:
     return ", ".join(f"{name} {aval.str_short()}" for name, aval in operands.items())
 
 
-# Which leading dimensions are 1 in a result because it is summed over them; None is none.
-Shared = Sequence[bool] | None
-
-
 @dataclasses.dataclass(frozen=True)
-class Operands:
-    """The sizes, sharding and manual axes that a primitive's operands agree on."""
+class Checked:
+    """The operands of one equation, and the sizes, sharding and manual axes that they agree on."""
 
-    primitive: str
+    signature: Signature
+    params: RaggedAttentionParams
     avals: Mapping[str, ShapedArray]
-    partition: PartitionSpec | None
     sizes: Mapping[str, Any]
     axes: Mapping[str, Any]
     leading: tuple[Any, ...]
     leading_axes: tuple[Any, ...]
     template: ShapedArray
-    dtype: Any
 
     @classmethod
-    def check(
-        cls,
-        primitive: str,
-        operands: Mapping[str, ShapedArray],
-        partition: PartitionSpec | None = None,
-    ) -> "Operands":
-        """Checks named operands; a name may end in _dot (a tangent) or _bar (a cotangent)."""
+    def of(
+        cls, signature: Signature, avals: Sequence[ShapedArray], params: RaggedAttentionParams
+    ) -> "Checked":
+        """Checks the operands of an equation.
+
+        Raises:
+          TypeError, ValueError: for operands that do not fit each other.
+        """
+        primitive, operands = signature.primitive, signature.bind(avals)
         rank = operands["query"].ndim - 2
-        trailing = {name: _trailing(name) for name in operands}
+        trailing = {spec.name: spec.trailing for spec in signature.operands}
         for name, aval in operands.items():
             if aval.ndim != rank + len(trailing[name]):
                 raise ValueError(
                     f"{primitive}: {name} must have shape [*N, {', '.join(trailing[name])}] "
                     f"with the {rank} leading dimensions of query; got {_describe(operands)}."
                 )
-        _check_dtypes(primitive, operands)
+        _check_dtypes(signature, operands, params)
         _check_reduced(primitive, operands)
         leading = tuple(joined_size([a.shape[i] for a in operands.values()]) for i in range(rank))
         for name, aval in operands.items():
@@ -98,22 +79,25 @@ class Operands:
                 f"got {_describe(operands)}."
             )
         checked = cls(
-            primitive=primitive,
+            signature=signature,
+            params=params,
             avals=operands,
-            partition=partition,
             sizes=sizes,
             axes=_joined_axes(primitive, operands, trailing, rank),
             leading=leading,
             leading_axes=_joined_leading_axes(primitive, operands, rank),
             template=_template(primitive, operands),
-            dtype=operands["query"].dtype,
         )
-        if partition is not None and not checked.template.sharding.mesh.empty:
-            _check_partition(checked, partition, checked.template.sharding.mesh)
+        if params.partition is not None and not checked.template.sharding.mesh.empty:
+            _check_partition(checked, params.partition, checked.template.sharding.mesh)
         return checked
 
-    def layout(self, results: Sequence[tuple[str, Shared]]) -> Layout:
-        """How the operands and the results, by name and shared dimensions, lie on the mesh.
+    def results(self) -> list[ShapedArray]:
+        """The types of the results."""
+        return [self._result(spec) for spec in self.signature.results]
+
+    def layout(self) -> Layout:
+        """How the operands and the results lie on the mesh.
 
         The mesh is that of the operands' types or, as for values made outside of it, the
         context's. Explicit axes are split as the types say, automatic ones as `partition` does.
@@ -122,22 +106,24 @@ class Operands:
         if mesh.empty:
             mesh = jax.sharding.get_abstract_mesh()
         auto = axes_of_type(mesh, AxisType.Auto)
-        if self.partition is None:
+        if self.params.partition is None:
             auto = frozenset(axis for axis in auto if mesh.shape[axis] == 1)
         else:
-            _check_partition(self, self.partition, mesh)
-        rank = len(self.leading)
-        ones = {name: [is_one(n) for n in a.shape[:rank]] for name, a in self.avals.items()}
+            _check_partition(self, self.params.partition, mesh)
         return Layout(
             mesh=mesh,
             axes=axes_of_type(mesh, AxisType.Explicit) | auto,
-            in_specs=tuple(self._spec(name, ones[name]) for name in self.avals),
-            out_specs=tuple(self._spec(name, shared) for name, shared in results),
+            in_specs=tuple(map(self._operand_spec, self.signature.operands)),
+            out_specs=tuple(self._spec(spec, spec.shared) for spec in self.signature.results),
         )
 
-    def _spec(self, name: str, shared: Shared) -> PartitionSpec:
+    def _operand_spec(self, spec: Spec) -> PartitionSpec:
+        leading = self.avals[spec.name].shape[: len(self.leading)]
+        return self._spec(spec, tuple(map(is_one, leading)))
+
+    def _spec(self, spec: Spec, shared: Sequence[bool] | None) -> PartitionSpec:
         """The mesh axes of an operand or result; in its shared dimensions it has none."""
-        *leading, heads = self.partition or [None] * (len(self.leading) + 1)
+        *leading, heads = self.params.partition or [None] * (len(self.leading) + 1)
         key_heads = None if is_one(self.sizes["Hkv"]) else heads
         axes = {
             **self.axes,
@@ -149,38 +135,33 @@ class Operands:
             None if s else _merged(explicit, auto)
             for s, explicit, auto in zip(share, self.leading_axes, leading, strict=True)
         ]
-        return PartitionSpec(*entries, *(axes[letter] for letter in _trailing(name)))
+        return PartitionSpec(*entries, *(axes[letter] for letter in spec.trailing))
 
-    def result(self, name: str, shared: Shared = None) -> ShapedArray:
-        """The type of a result shaped as the named one, with 1 in its shared dimensions."""
-        share = [False] * len(self.leading) if shared is None else shared
+    def _result(self, spec: Spec) -> ShapedArray:
+        share = spec.shared or [False] * len(self.leading)
         leading = [1 if s else n for s, n in zip(share, self.leading, strict=True)]
         leading_axes = [None if s else a for s, a in zip(share, self.leading_axes, strict=True)]
-        statistic = name in ("max_logits", "denominator")
         aval: ShapedArray = self.template.update(
-            shape=(*leading, *(self.sizes[d] for d in TRAILING[name])),
-            dtype=statistics_dtype(self.dtype) if statistic else self.dtype,
+            shape=(*leading, *(self.sizes[letter] for letter in spec.trailing)),
+            dtype=spec.dtype(self.avals["query"].dtype, self.params),
             weak_type=False,
             sharding=NamedSharding(
                 self.template.sharding.mesh,
-                PartitionSpec(*leading_axes, *(self.axes[d] for d in TRAILING[name])),
+                PartitionSpec(*leading_axes, *(self.axes[letter] for letter in spec.trailing)),
             ),
         )
         return aval
 
 
-def _check_dtypes(primitive: str, operands: Mapping[str, ShapedArray]) -> None:
-    dtype = operands["query"].dtype
-    for name, aval in operands.items():
-        if name in ("lengths", "starts"):
-            expected = jnp.dtype("int32")
-        elif name.startswith(("max_logits", "denominator")):
-            expected = statistics_dtype(dtype)
-        else:
-            expected = dtype
-        if aval.dtype != expected:
+def _check_dtypes(
+    signature: Signature, operands: Mapping[str, ShapedArray], params: RaggedAttentionParams
+) -> None:
+    for spec in signature.operands:
+        expected = spec.dtype(operands["query"].dtype, params)
+        if operands[spec.name].dtype != expected:
             raise TypeError(
-                f"{primitive}: {name} must have dtype {expected}; got {_describe(operands)}."
+                f"{signature.primitive}: {spec.name} must have dtype {expected}; "
+                f"got {_describe(operands)}."
             )
 
 
@@ -194,19 +175,15 @@ def _check_reduced(primitive: str, operands: Mapping[str, ShapedArray]) -> None:
             )
 
 
-def _trailing(name: str) -> tuple[str, ...]:
-    return TRAILING[name.removesuffix("_dot").removesuffix("_bar")]
-
-
 def _merged(*entries: Any) -> Any:
     """One entry of a PartitionSpec with the mesh axes of all."""
     merged = tuple(axis for entry in entries for axis in axis_names(entry))
     return merged[0] if len(merged) == 1 else merged or None
 
 
-def _check_partition(operands: Operands, partition: PartitionSpec, mesh: AbstractMesh) -> None:
+def _check_partition(operands: Checked, partition: PartitionSpec, mesh: AbstractMesh) -> None:
     """Raises unless partition splits the operands evenly over automatic axes of the mesh."""
-    primitive, rank = operands.primitive, len(operands.leading)
+    primitive, rank = operands.signature.primitive, len(operands.leading)
     if len(partition) != rank + 1:
         raise ValueError(
             f"{primitive}: partition must have {rank + 1} entries, one for each of the {rank} "

@@ -8,11 +8,13 @@ and never copied, whatever is mapped over it.
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jax_ragged.primitives._signature import Signature, Spec
 
 
 def is_one(size: Any) -> bool:
@@ -37,20 +39,14 @@ class Folding:
     batch: tuple[bool, ...]
 
     @classmethod
-    def of(
-        cls,
-        rank: int,
-        others: Sequence[jax.Array],
-        caches: Sequence[jax.Array],
-        shared: Sequence[Sequence[bool]] = (),
-    ) -> "Folding":
-        """Folds `rank` leading dimensions of cache-like operands and all others.
-
-        `shared` tells for every cache-like result in which dimensions it is summed.
-        """
-        leading = [joined_size([x.shape[i] for x in (*others, *caches)]) for i in range(rank)]
+    def of(cls, signature: Signature, operands: Mapping[str, Any]) -> "Folding":
+        """Folds the leading dimensions of an equation's operands, by name."""
+        rank = operands["query"].ndim - 2
+        caches = [operands[spec.name] for spec in signature.operands if spec.is_cache]
+        sums = [spec.shared for spec in signature.results if spec.is_cache and spec.shared]
+        leading = [joined_size([x.shape[i] for x in operands.values()]) for i in range(rank)]
         batch = [
-            not all(is_one(x.shape[i]) for x in caches) or not all(s[i] for s in shared)
+            not all(is_one(x.shape[i]) for x in caches) or not all(shared[i] for shared in sums)
             for i in range(rank)
         ]
         return cls(tuple(leading), tuple(batch))
@@ -71,40 +67,42 @@ class Folding:
     def Q(self) -> Any:
         return _product([self.leading[i] for i in self._query_dims])
 
-    def fold(self, x: jax.Array) -> jax.Array:
-        """[*N, ...], sizes n or 1, to [B, Q, ...]; for all that is not a cache."""
+    def fold(self, spec: Spec, x: jax.Array) -> jax.Array:
+        """[*N, ...], sizes n or 1, to [B, S, H, D] for a cache and [B, Q, ...] for the rest.
+
+        A cache is broadcast only where another one has size n and this one has 1.
+        """
         rank = len(self.leading)
         rest = x.shape[rank:]
+        if spec.is_cache:
+            return jnp.broadcast_to(x, (*self._cache_sizes, *rest)).reshape(self.B, *rest)
         x = jnp.broadcast_to(x, (*self.leading, *rest))
         order = (*self._batch_dims, *self._query_dims, *range(rank, x.ndim))
         return x.transpose(order).reshape(self.B, self.Q, *rest)
 
-    def unfold(self, x: jax.Array) -> jax.Array:
-        """[B, Q, ...] to [*N, ...]: the inverse of fold for full sizes."""
+    def unfold(self, spec: Spec, x: jax.Array) -> jax.Array:
+        """The inverse of fold for full sizes: a cache has 1 in the dimensions of Q."""
+        if spec.is_cache:
+            return x.reshape(*self._cache_sizes, *x.shape[1:])
         order = [*self._batch_dims, *self._query_dims]
         x = x.reshape(*(self.leading[i] for i in order), *x.shape[2:])
         inverse = [order.index(i) for i in range(len(order))]
         return x.transpose(*inverse, *range(len(order), x.ndim))
 
-    def fold_cache(self, x: jax.Array) -> jax.Array:
-        """[*N, S, H, D], sizes n or 1, to [B, S, H, D].
-
-        Broadcasts only where another cache-like operand has size n and this one has 1.
-        """
-        rank = len(self.leading)
-        rest = x.shape[rank:]
-        return jnp.broadcast_to(x, (*self._cache_sizes, *rest)).reshape(self.B, *rest)
-
-    def unfold_cache(self, x: jax.Array) -> jax.Array:
-        """[B, S, H, D] to [*N, S, H, D] with 1 in the dimensions of Q."""
-        return x.reshape(*self._cache_sizes, *x.shape[1:])
+    def summed(self, spec: Spec) -> tuple[int, ...]:
+        """The leading dimensions over which an unfolded result has yet to be summed."""
+        sizes = self._cache_sizes if spec.is_cache else self.leading
+        shared = spec.shared or [False] * len(sizes)
+        return tuple(i for i, n in enumerate(sizes) if shared[i] and not is_one(n))
 
     @property
     def _cache_sizes(self) -> list[Any]:
         return [n if batch else 1 for n, batch in zip(self.leading, self.batch, strict=True)]
 
 
-def sum_shared(x: jax.Array, shared: Sequence[bool]) -> jax.Array:
-    """Sums x over the leading dimensions marked, and keeps them as 1: the transpose of sharing."""
-    axes = tuple(i for i, share in enumerate(shared) if share and not is_one(x.shape[i]))
-    return x.sum(axis=axes, keepdims=True, dtype=x.dtype) if axes else x
+def sum_to(x: jax.Array, aval: Any) -> jax.Array:
+    """Sums x over the leading dimensions in which aval has 1: the transpose of sharing."""
+    axes = tuple(i for i, n in enumerate(aval.shape) if is_one(n) and not is_one(x.shape[i]))
+    if not axes:
+        return x
+    return x.sum(axis=axes, keepdims=True)

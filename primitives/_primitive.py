@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,60 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec
 
-from jax_ragged.lowering import dispatch, reference
-from jax_ragged.lowering._compat import as_primitive, interpret_effects
+from jax_ragged.lowering import dispatch
+from jax_ragged.lowering._compat import (
+    as_primitive,
+    interpret_effects,
+    pcast_to_varying,
+    varying_axes,
+)
+from jax_ragged.lowering.contract import Lowering
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.sharding import Layout
-from jax_ragged.primitives._avals import Operands, Shared
+from jax_ragged.primitives._avals import Checked
+from jax_ragged.primitives._folding import Folding
+from jax_ragged.primitives._signature import Signature
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """Everything that the rules of one primitive need to know of it.
+
+    Attributes:
+      signature: the operands and results, for the equation's static parameters.
+      run: `run(target, arrays, wide, **static)` runs the operation on a target, folded arrays in
+        and folded results out, both by name. `wide` names the results that the caller sums
+        afterwards, and rounds only then.
+    """
+
+    signature: Callable[..., Signature]
+    run: Callable[..., Mapping[str, jax.Array | None]]
+
+    def check(self, avals: Sequence[ShapedArray], static: Mapping[str, Any]) -> Checked:
+        """Checks the operands of an equation."""
+        return Checked.of(self.signature(**static), avals, static["params"])
+
+    def folded(
+        self, target: dispatch.Target, static: Mapping[str, Any], *operands: jax.Array
+    ) -> list[jax.Array]:
+        """Folds the operands, runs the operation on the target, and unfolds the results.
+
+        Results that are summed over shards later come back in a wider dtype than the equation's.
+        """
+        signature = self.signature(**static)
+        values = signature.bind(operands)
+        folding = Folding.of(signature, values)
+        later = dict(zip(signature.results, target.summed, strict=False))
+        sums = {spec: folding.summed(spec) for spec in signature.results}
+        wide = tuple(spec.name for spec, axes in sums.items() if axes or later.get(spec))
+        arrays = {spec.name: folding.fold(spec, values[spec.name]) for spec in signature.operands}
+        results = self.run(target, arrays, wide, **static)
+        unfolded = []
+        for spec, axes in sums.items():
+            x = results[spec.name]
+            assert x is not None
+            x = folding.unfold(spec, x)
+            unfolded.append(x.sum(axis=axes, keepdims=True) if axes else x)
+        return unfolded
 
 
 @functools.cache
@@ -40,24 +89,20 @@ def eager(primitive: Primitive) -> Callable[..., Any]:
     return impl
 
 
-class Types(NamedTuple):
-    """The checked operands of an equation, and its results by name and shared dimensions."""
-
-    operands: Operands
-    results: Sequence[tuple[str, Shared]]
-
-    def avals(self) -> list[ShapedArray]:
-        return [self.operands.result(name, shared) for name, shared in self.results]
-
-    def layout(self) -> Layout:
-        return self.operands.layout(self.results)
+def bind(primitive: Primitive, *operands: jax.Array, **static: Any) -> list[jax.Array]:
+    """Binds a primitive to operands that may vary over different manual axes of a mesh."""
+    varying = frozenset[str]().union(*map(varying_axes, operands))
+    results: list[jax.Array] = primitive.bind(
+        *(pcast_to_varying(x, varying) for x in operands), **static
+    )
+    return results
 
 
-def abstract_eval(types: Callable[..., Types]) -> Callable[..., Any]:
+def abstract_eval(definition: Definition) -> Callable[..., Any]:
     """The types of the results, and the effects of the TPU kernel in interpret mode."""
 
     def rule(*operands: ShapedArray, **static: Any) -> tuple[list[ShapedArray], frozenset[Any]]:
-        return types(*operands, **static).avals(), interpret_effects()
+        return definition.check(operands, static).results(), interpret_effects()
 
     return rule
 
@@ -81,13 +126,14 @@ def batch_rule(
         **static: Any,
     ) -> tuple[list[jax.Array], list[int | None]]:
         if all(d is None for d in dims):
-            results = primitive.bind(*operands, params=params, **static)
+            results = bind(primitive, *operands, params=params, **static)
             return results, [None] * len(results)
         led = [
             jnp.expand_dims(x, 0) if d is None else jnp.moveaxis(x, d, 0)
             for x, d in zip(operands, dims, strict=True)
         ]
-        results = primitive.bind(*led, params=_lead(axis_data, params), **lead_static(static))
+        led_params = _lead(axis_data, params)
+        results = bind(primitive, *led, params=led_params, **lead_static(static))
         return results, [0] * len(results)
 
     return rule
@@ -101,34 +147,36 @@ def _lead(axis_data: Any, params: RaggedAttentionParams) -> RaggedAttentionParam
     return dataclasses.replace(params, partition=partition)
 
 
-def linear_jvp_rule(
-    primitive: Primitive, folded: Callable[..., Any], types: Callable[..., Types], marks: str
-) -> Callable[..., Any]:
-    """The JVP rule of a primitive linear in the operands after its eight residuals.
+def linear_jvp_rule(primitive: Primitive, definition: Definition, marks: str) -> Callable[..., Any]:
+    """The JVP rule of a primitive that is linear in some operands and not in its residuals.
 
-    The static parameter called `marks` tells which of three such operands there are. Their
-    tangents go through the primitive itself; those of the residuals, in which it is not linear,
-    go through JAX's own rules on the plain form.
+    The static parameter called `marks` names the linear operands. Their tangents go through the
+    primitive itself. The tangents of the residuals go through JAX's own rules on the reference:
+    they are derivatives of second order.
     """
 
     def rule(
         primals: Sequence[jax.Array], tangents: Sequence[Any], **static: Any
     ) -> tuple[list[jax.Array], list[Any]]:
-        results = primitive.bind(*primals, **static)
-        residuals, linear = primals[:8], primals[8:]
-        tangents_out = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
-        moving = tuple(map(is_nonzero, scatter(static[marks], tangents[8:])))
-        if any(moving):
-            nonzero = filter(is_nonzero, tangents[8:])
-            tangents_out = primitive.bind(*residuals, *nonzero, **(static | {marks: moving}))
+        results = bind(primitive, *primals, **static)
+        tangents_out: list[Any] = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
+        signature = definition.signature(**static)
+        residuals, linear = map(list, map(dict.values, signature.split(primals)))
+        residuals_dot, linear_dot = map(list, map(dict.values, signature.split(tangents)))
+        moving = dict(filter_nonzero(static[marks], linear_dot))
+        if moving:
+            marked = static | {marks: tuple(moving)}
+            tangents_out = bind(primitive, *residuals, *moving.values(), **marked)
 
         def plain(*residuals: jax.Array) -> list[jax.Array]:
-            run = functools.partial(folded, reference, **static)
-            layout = types(*map(jax.typeof, primals), **static).layout()
-            return list(layout.per_shard(run)(*residuals, *linear))
+            target = dispatch.higher_order_target(static["params"])
+            layout = definition.check([*map(jax.typeof, primals)], static).layout()
+            run = functools.partial(definition.folded, target, static)
+            plain_results = layout.per_shard(run)(*residuals, *linear)
+            return [x.astype(y.dtype) for x, y in zip(plain_results, results, strict=True)]
 
-        if any(map(is_nonzero, tangents[:8])):
-            curved = _jvp_of_moving(plain, residuals, tangents[:8])
+        if any(map(is_nonzero, residuals_dot)):
+            curved = _jvp_of_moving(plain, residuals, residuals_dot)
             tangents_out = list(map(ad.add_tangents, tangents_out, curved))
         return results, tangents_out
 
@@ -152,35 +200,73 @@ def _jvp_of_moving(
     return tangents_out
 
 
-def register_lowerings(
-    primitive: Primitive, folded: Callable[..., Any], types: Callable[..., Types]
-) -> None:
-    """Registers `folded(implementation, *operands, **static)` for every platform, per shard."""
+_DEFINITIONS: dict[Primitive, Definition] = {}
 
-    def rule(platform: str, ctx: Any, *operands: Any, **static: Any) -> Any:
-        layout = types(*ctx.avals_in, **static).layout()
-        implementation = dispatch.implementation_for(
-            platform, ctx, layout.unpartitioned_devices(ctx)
-        )
-        run = layout.per_shard(functools.partial(folded, implementation, **static))
-        return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
-    mlir.register_lowering(primitive, functools.partial(rule, "default"), inline=False)
+def register_lowerings(primitive: Primitive, definition: Definition) -> None:
+    """Registers the lowering of a primitive for the default and each platform with kernels."""
+    _DEFINITIONS[primitive] = definition
+    rule = functools.partial(_lowering_rule, definition, "default")
+    mlir.register_lowering(primitive, rule, inline=False)
     for platform in ("cpu", "tpu", "cuda"):
-        mlir.register_lowering(
-            primitive, functools.partial(rule, platform), platform=platform, inline=False
+        _register_platform(primitive, platform)
+
+
+def definition_of(primitive: Primitive) -> Definition:
+    """The definition of one of the package's primitives."""
+    return _DEFINITIONS[primitive]
+
+
+def register_lowering(platform: str, lowering: Lowering) -> None:
+    """Makes a lowering that of a platform, in place of the one that the package has for it.
+
+    Call it before the first use of ragged attention: programs that are compiled already keep
+    theirs.
+
+    Args:
+      platform: the platform's name in JAX, such as "cpu", "cuda", "rocm" or "tpu".
+      lowering: an instance of a subclass of `jax_ragged.Lowering`.
+
+    Raises:
+      TypeError: if lowering is not an instance of `jax_ragged.Lowering`.
+      NotImplementedError: from JAX, for a platform that it does not know.
+    """
+    if not isinstance(lowering, Lowering):
+        raise TypeError(
+            "register_lowering: lowering must be an instance of jax_ragged.Lowering; "
+            f"got {lowering!r} of type {type(lowering).__name__}. Derive its class from "
+            "jax_ragged.Lowering and pass an instance."
         )
+    for primitive in _DEFINITIONS:
+        _register_platform(primitive, platform)
+    dispatch.register(platform, lowering)
 
 
-def scatter(marks: Sequence[bool], values: Iterable[Any]) -> tuple[Any, ...]:
-    """Puts values where marks are true and None elsewhere."""
-    rest = iter(values)
-    return tuple(next(rest) if marked else None for marked in marks)
+def _register_platform(primitive: Primitive, platform: str) -> None:
+    rule = functools.partial(_lowering_rule, _DEFINITIONS[primitive], platform)
+    mlir.register_lowering(primitive, rule, platform=platform, inline=False)
 
 
-def gather(marks: Sequence[bool], values: Iterable[Any]) -> list[Any]:
-    """The values where marks are true."""
-    return [x for x, marked in zip(values, marks, strict=True) if marked]
+def _lowering_rule(
+    definition: Definition, platform: str, ctx: Any, *operands: Any, **static: Any
+) -> Any:
+    """Lowers an equation to the operation on each shard, as JAX's lowering rules do."""
+    layout = definition.check(ctx.avals_in, static).layout()
+    target = dispatch.target_of(
+        platform, ctx, layout.unpartitioned_devices(ctx), tuple(map(bool, layout.sums))
+    )
+    run = layout.per_shard(functools.partial(definition.folded, target, static))
+
+    def rounded(*operands: jax.Array) -> list[jax.Array]:
+        results = zip(run(*operands), ctx.avals_out, strict=True)
+        return [x.astype(aval.dtype) for x, aval in results]
+
+    return mlir.lower_fun(rounded, multiple_results=True)(ctx, *operands)
+
+
+def filter_nonzero(names: Iterable[str], values: Iterable[Any]) -> list[tuple[str, Any]]:
+    """The pairs of a name and a value that is not a symbolic zero."""
+    return [(name, x) for name, x in zip(names, values, strict=True) if is_nonzero(x)]
 
 
 def is_nonzero(x: Any) -> bool:

@@ -1,102 +1,93 @@
 """The tangents of ragged attention, linear in the tangents of query, key and value.
 
-Operands: those of ragged_attention_p, its results, and the tangents of those of (query, key,
-value) that `wrt` marks. Results: the tangents of out, max_logits and denominator.
+Operands: those of ragged_attention_p, its results with `out` not rounded, and the tangents of the
+operands that `wrt` names. Results: the tangents of out, max_logits and denominator.
+
+This file and `ragged_attention_vjp` need each other, since each primitive is the transpose of the
+other. They meet when rules run, after both are imported.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
+from jax_ragged.lowering import dispatch
+from jax_ragged.lowering.contract import ByOperand, Residuals
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import Residuals
 from jax_ragged.primitives import ragged_attention_vjp
-from jax_ragged.primitives._avals import DIFFERENTIABLE, PRIMALS, RESULTS, Operands
-from jax_ragged.primitives._folding import Folding, is_one
+from jax_ragged.primitives._folding import is_one
 from jax_ragged.primitives._primitive import (
-    Types,
+    Definition,
     abstract_eval,
     batch_rule,
+    bind,
     eager,
-    gather,
-    is_nonzero,
+    filter_nonzero,
     linear_jvp_rule,
     register_lowerings,
-    scatter,
+)
+from jax_ragged.primitives._signature import (
+    DIFFERENTIABLE,
+    RESIDUALS,
+    RESULTS,
+    Names,
+    jvp_signature,
+    names,
 )
 
-Wrt = tuple[bool, bool, bool]
 
-
-def _ragged_attention_jvp_types(
-    *operands: ShapedArray, params: RaggedAttentionParams, wrt: Wrt
-) -> Types:
-    names = (*PRIMALS, *RESULTS, *(f"{n}_dot" for n in gather(wrt, DIFFERENTIABLE)))
-    named = dict(zip(names, operands, strict=True))
-    checked = Operands.check("ragged_attention_jvp", named, params.partition)
-    return Types(checked, [(name, None) for name in RESULTS])
-
-
-def _ragged_attention_jvp_folded(
-    implementation: Any, *operands: jax.Array, params: RaggedAttentionParams, wrt: Wrt
-) -> list[jax.Array]:
-    query, key, value, *rest = operands[:8]
-    q_dot, k_dot, v_dot = scatter(wrt, operands[8:])
-    folding = Folding.of(
-        query.ndim - 2,
-        [x for x in (query, *rest, q_dot) if x is not None],
-        [x for x in (key, value, k_dot, v_dot) if x is not None],
-    )
-    fold, fold_cache = folding.fold, folding.fold_cache
-    results = implementation.jvp(
-        Residuals(fold(query), fold_cache(key), fold_cache(value), *map(fold, rest)),
-        (
-            None if q_dot is None else fold(q_dot),
-            None if k_dot is None else fold_cache(k_dot),
-            None if v_dot is None else fold_cache(v_dot),
-        ),
-        params=params,
-    )
-    return [folding.unfold(x) for x in results]
+def _run(
+    target: dispatch.Target,
+    arrays: Mapping[str, jax.Array],
+    wide: Names,
+    *,
+    params: RaggedAttentionParams,
+    wrt: Names,
+) -> Mapping[str, jax.Array]:
+    assert not wide, "a tangent of a result is never summed"
+    residuals = Residuals(**{name: arrays[name] for name in names(RESIDUALS)})
+    tangents = ByOperand(*(arrays.get(f"{name}_dot") for name in names(DIFFERENTIABLE)))
+    dots = target.jvp(residuals, tangents, params)
+    return {f"{name}_dot": x for name, x in dots._asdict().items()}
 
 
 def _ragged_attention_jvp_transpose_rule(
-    cotangents: Sequence[Any],
-    *operands: Any,
-    params: RaggedAttentionParams,
-    wrt: Wrt,
+    cotangents: Sequence[Any], *operands: Any, params: RaggedAttentionParams, wrt: Names
 ) -> list[Any]:
-    residuals, linear = operands[:8], operands[8:]
-    undefined = [ad.is_undefined_primal(x) for x in linear]
-    asked = [x for x in linear if ad.is_undefined_primal(x)]
-    given = tuple(map(is_nonzero, cotangents))
-    grads: list[Any] = [ad.Zero(x.aval) for x in asked]
-    if any(given):
-        rank = residuals[0].ndim - 2
-        grads = ragged_attention_vjp.ragged_attention_vjp_p.bind(
-            *residuals,
-            *filter(is_nonzero, cotangents),
+    signature = jvp_signature(params=params, wrt=wrt)
+    residuals, linear = signature.split(operands)
+    asked = {
+        name.removesuffix("_dot"): x.aval for name, x in linear.items() if ad.is_undefined_primal(x)
+    }
+    grads: dict[str, Any] = {name: ad.Zero(aval) for name, aval in asked.items()}
+    given = dict(filter_nonzero(names(RESULTS), cotangents))
+    if given:
+        rank = residuals["query"].ndim - 2
+        bars = bind(
+            ragged_attention_vjp.ragged_attention_vjp_p,
+            *residuals.values(),
+            *given.values(),
             params=params,
-            given=given,
-            wrt=tuple(map(bool, scatter(wrt, undefined))),
-            shared=tuple(tuple(is_one(n) for n in x.aval.shape[:rank]) for x in asked),
+            given=tuple(given),
+            wrt=tuple(asked),
+            shared=tuple(tuple(map(is_one, aval.shape[:rank])) for aval in asked.values()),
         )
-    return [None] * 8 + list(scatter(undefined, grads))
+        grads = dict(zip(asked, bars, strict=True))
+    return [*[None] * len(residuals), *map(grads.get, wrt)]
 
+
+_DEFINITION = Definition(jvp_signature, _run)
 
 ragged_attention_jvp_p = Primitive("ragged_attention_jvp")
 ragged_attention_jvp_p.multiple_results = True
 ragged_attention_jvp_p.def_impl(eager(ragged_attention_jvp_p))
-ragged_attention_jvp_p.def_effectful_abstract_eval(abstract_eval(_ragged_attention_jvp_types))
+ragged_attention_jvp_p.def_effectful_abstract_eval(abstract_eval(_DEFINITION))
 ad.primitive_jvps[ragged_attention_jvp_p] = linear_jvp_rule(
-    ragged_attention_jvp_p, _ragged_attention_jvp_folded, _ragged_attention_jvp_types, marks="wrt"
+    ragged_attention_jvp_p, _DEFINITION, marks="wrt"
 )
 ad.primitive_transposes[ragged_attention_jvp_p] = _ragged_attention_jvp_transpose_rule
 batching.fancy_primitive_batchers[ragged_attention_jvp_p] = batch_rule(ragged_attention_jvp_p)
-register_lowerings(
-    ragged_attention_jvp_p, _ragged_attention_jvp_folded, _ragged_attention_jvp_types
-)
+register_lowerings(ragged_attention_jvp_p, _DEFINITION)

@@ -9,8 +9,15 @@ from typing import Any
 import jax
 import pytest
 
-from jax_ragged import RaggedAttention, ragged_attention, reference_ragged_attention
-from jax_ragged.lowering.params import Implementation
+from jax_ragged import (
+    RaggedAttention,
+    Unsupported,
+    ragged_attention,
+    reference_ragged_attention,
+)
+from jax_ragged.lowering import dispatch
+from jax_ragged.lowering.contract import ByOperand, ByResult, Operands, Residuals
+from jax_ragged.lowering.params import Implementation, RaggedAttentionParams, statistics_dtype
 
 
 def _gpu() -> Any:
@@ -63,3 +70,37 @@ LOWERINGS = (
     Lowering("tpu"),
     Lowering("gpu"),
 )
+
+
+def refusal(
+    target: dispatch.Target,
+    operation: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    params: RaggedAttentionParams,
+) -> Unsupported | None:
+    """How a platform refuses an operation on folded operands of these types, or None."""
+    B, Q, Hq = query.shape[:3]
+    windows: Any = jax.ShapeDtypeStruct((B, Q), "int32")
+    statistic: Any = jax.ShapeDtypeStruct((B, Q, Hq), statistics_dtype(query.dtype))
+    out: Any = jax.ShapeDtypeStruct((B, Q, Hq, value.shape[3]), statistic.dtype)
+    operands = Operands(query, key, value, windows, windows)
+    residuals = Residuals(*operands, out, statistic, statistic)
+    out_bar = out.update(dtype=params.result_dtype(query.dtype))
+    dtypes = ByOperand(query.dtype, key.dtype, value.dtype)
+    try:
+        run = getattr(target.lowering(operands), operation)
+        if operation == "forward":
+            jax.eval_shape(lambda x: run(x, params, target.device_kind), operands)
+        elif operation == "jvp":
+            dots = ByOperand(query, key, value)
+            jax.eval_shape(lambda x, t: run(x, t, params, target.device_kind), residuals, dots)
+        else:
+            bars = ByResult(out_bar, statistic, statistic)
+            jax.eval_shape(
+                lambda x, t: run(x, t, dtypes, params, target.device_kind), residuals, bars
+            )
+    except Unsupported as refused:
+        return refused
+    return None

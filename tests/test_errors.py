@@ -9,7 +9,8 @@ import pytest
 
 from cases import SMALL, SMALL_QUERIES
 from jax_ragged import ragged_attention, reference_ragged_attention
-from jax_ragged.lowering.dispatch import Implementation
+from jax_ragged.lowering.contract import Operands
+from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.primitives import ragged_attention_p
 
@@ -140,8 +141,10 @@ def test_unknown_argument() -> None:
 def test_kernel_where_there_is_none() -> None:
     params = RaggedAttentionParams(implementation="kernel")
     query, key, value = (jnp.zeros(s) for s in ((1, 1, 2, 4), (1, 6, 1, 4), (1, 6, 1, 3)))
+    windows = jnp.zeros((1, 1), jnp.int32)
+    operands = Operands(query, key, value, windows, windows)
     with pytest.raises(NotImplementedError, match=r"'kernel' cannot be honoured on default.*Pass"):
-        Implementation("default").forward(query, key, value, None, None, params=params)
+        Target("default").forward(operands, params)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,11 @@ import cases
 import oracle
 from cases import CASES, Case, Operands, assert_close, poison, tolerance
 from jax_ragged import ragged_attention
-from jax_ragged.lowering import dispatch, gpu
+from jax_ragged.lowering import gpu
+from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.gpu.plan import make_plan
 from jax_ragged.lowering.params import RaggedAttentionParams
+from lowerings import refusal
 
 H200 = "NVIDIA H200"
 
@@ -140,9 +142,9 @@ class TestLowered:
 def _reason(device_kind: str | None = H200, **changes: Any) -> str | None:
     case = dataclasses.replace(Case("", (70, 100), S=100, D=64, Dv=64, dtype="bfloat16"), **changes)
     query, key, value = case.operands()[:3]
-    implementation = dispatch.Implementation("cuda", device_kind)
     params = RaggedAttentionParams(block_size=case.block_size)
-    return implementation.why_reference("forward", query[:, None], key, value, params)
+    refused = refusal(Target("cuda", device_kind), "forward", query[:, None], key, value, params)
+    return None if refused is None else f"{refused.reason}. {refused.advice or ''}"
 
 
 class TestUnsupported:
@@ -172,20 +174,23 @@ class TestUnsupported:
         assert says in reason
 
     def test_block_size(self) -> None:
-        """It is refused where it alone stands in the way."""
-        with pytest.raises(NotImplementedError, match=r"got block_size=128.*block_size=64, None"):
-            _reason(block_size=128)
+        """The refusal says which one works."""
+        reason = _reason(block_size=128)
+        assert reason is not None
+        assert "128" in reason
+        assert "block_size=64" in reason
         reason = _reason(block_size=128, dtype="float32")
         assert reason is not None
         assert "float32" in reason
 
     def test_derivatives(self) -> None:
-        implementation = dispatch.Implementation("cuda", H200)
+        case = Case("", (70, 100), Q=1, S=100, D=64, Dv=64, dtype="bfloat16")
         for operation in ("jvp", "vjp"):
-            reason = implementation.why_reference(
-                operation, None, None, None, RaggedAttentionParams()
+            refused = refusal(
+                Target("cuda", H200), operation, *case.operands()[:3], RaggedAttentionParams()
             )
-            assert reason == f"the platform has no kernel for {operation}"
+            assert refused is not None
+            assert refused.reason == f"it has no kernel for {operation}"
 
     def test_forced_kernel_is_refused_with_the_reason(self) -> None:
         case = Case("", (70, 100), S=100, D=96, Dv=64, dtype="bfloat16")
@@ -196,10 +201,10 @@ class TestUnsupported:
         (b,) = jax.export.symbolic_shape("b")
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
         operands = shape((b, 1, 4, 64)), shape((b, 64, 2, 64)), shape((b, 64, 2, 64))
-        implementation = dispatch.Implementation("cuda", H200)
-        reason = implementation.why_reference("forward", *operands, RaggedAttentionParams())
-        assert reason is not None
-        assert "symbolic" in reason
+        params = RaggedAttentionParams()
+        refused = refusal(Target("cuda", H200), "forward", *operands, params)
+        assert refused is not None
+        assert "sizes known while tracing" in refused.reason
 
 
 _INTERPRETED = ("queries", "scale_negative", "all_empty", "past_the_end", "before_the_start")

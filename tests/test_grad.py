@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 import oracle
 from cases import SMALL, SMALL_QUERIES, Case, Operands, assert_close, double, poison
 from derivatives import ALL, WRT, op, pullback
+from jax_ragged.primitives._signature import DIFFERENTIABLE, RESULTS, names
 from lowerings import LOWERINGS, Lowering
 from programs import counts, equations, largest_made
 
@@ -57,8 +58,10 @@ def test_equations(x64: None, given: tuple[bool, ...]) -> None:
         args = case.operands(), tuple(c for c, g in zip(case.cotangents(), given, strict=True) if g)
         assert counts(run, *args) == {"ragged_attention": 1, "ragged_attention_vjp": 1}
         (eqn,) = [e for e in equations(run, *args) if "vjp" in e.primitive.name]
-        assert eqn.params["given"] == given
-        assert eqn.params["wrt"] == tuple(i in wrt for i in ALL)
+        assert eqn.params["given"] == tuple(
+            n for n, g in zip(names(RESULTS), given, strict=True) if g
+        )
+        assert eqn.params["wrt"] == tuple(names(DIFFERENTIABLE)[i] for i in wrt)
         assert len(eqn.invars) == 8 + sum(given)
         assert len(eqn.outvars) == len(wrt)
 

@@ -32,8 +32,8 @@ def test_parameters() -> None:
 def test_derivatives() -> None:
     text = _text(pullback(ragged_attention), OPERANDS, ragged_attention(*OPERANDS))
     assert "= ragged_attention[ params=RaggedAttentionParams() ]" in text
-    assert "= ragged_attention_vjp[ given=(True, True, True)" in text
-    assert "wrt=(True, True, True)" in text
+    assert "= ragged_attention_vjp[ given=('out', 'max_logits', 'denominator')" in text
+    assert "wrt=('query', 'key', 'value')" in text
 
 
 def test_vmap() -> None:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 import oracle
 from cases import Case, assert_close, ids, poison
 from derivatives import ALL, op, pullback, pushforward
-from jax_ragged.lowering.dispatch import Implementation
+from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu import backward
 from jax_ragged.lowering.tpu.block_size import Blocks
@@ -24,6 +24,7 @@ from jax_ragged.lowering.tpu.chunks import Plan
 from jax_ragged.lowering.tpu.layout import CacheLayout
 from jax_ragged.lowering.tpu.walk import Walk
 from jax_ragged.lowering.tpu.work_list import WorkList
+from lowerings import refusal
 from tpu_programs import TOPOLOGIES, cache_sized, compile_call
 
 # One for each order in which XLA keeps a cache, and for what a block can hold of a window.
@@ -95,7 +96,7 @@ def interpreted() -> Iterator[None]:
 def _assert_kernel_runs(case: Case, operation: str) -> None:
     query, key, value = (jax.ShapeDtypeStruct(s, case.dtype) for s in _folded_shapes(case))
     params = RaggedAttentionParams(block_size=case.block_size)
-    assert Implementation("tpu").why_reference(operation, query, key, value, params) is None
+    assert refusal(Target("tpu"), operation, query, key, value, params) is None
 
 
 def _folded_shapes(case: Case) -> list[tuple[int, ...]]:

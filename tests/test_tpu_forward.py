@@ -16,13 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from cases import Case, Operands, assert_results, ids, poison
-from jax_ragged import RaggedAttention, ragged_attention
+from jax_ragged import RaggedAttention, Unsupported, ragged_attention
 from jax_ragged.lowering import tpu
+from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu import call, chunks, work_list
 from jax_ragged.lowering.tpu.block_size import Blocks
 from jax_ragged.lowering.tpu.chips import chip_of
 from jax_ragged.lowering.tpu.layout import CacheLayout
+from lowerings import refusal
 
 # One for each way that the kernel reads a cache and brings heads together, with two blocks or
 # more; rows end and start at every kind of edge.
@@ -329,43 +331,48 @@ def test_a_row_between_two_cores(dtype: str) -> None:
 
 @pytest.mark.parametrize("kind", ["TPU v2", "TPU v3"])
 def test_old_chips(kind: str) -> None:
-    """Chips without kernels ask for the reference."""
+    """Chips without kernels are refused."""
     q, k = (
         jax.ShapeDtypeStruct((1, 1, 2, 128), jnp.bfloat16),
         jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16),
     )
-    params = RaggedAttentionParams()
-    with pytest.raises(NotImplementedError, match=rf"{kind}.*implementation='reference'"):
-        tpu.unsupported("forward", q, k, k, params, kind)
+    refused = refusal(Target("tpu", kind), "forward", q, k, k, RaggedAttentionParams())
+    assert refused is not None
+    assert kind in refused.reason
 
 
 def test_large_head_dim() -> None:
-    """A head dimension beyond the limit asks for the reference."""
+    """A head dimension beyond the limit is refused."""
     q, k = (
         jax.ShapeDtypeStruct((1, 1, 2, 513), jnp.float32),
         jax.ShapeDtypeStruct((1, 256, 2, 513), jnp.float32),
     )
-    with pytest.raises(NotImplementedError, match=r"513.*implementation='reference'"):
-        tpu.unsupported("forward", q, k, k, RaggedAttentionParams(), "TPU v5e")
+    refused = refusal(Target("tpu", "TPU v5e"), "forward", q, k, k, RaggedAttentionParams())
+    assert refused is not None
+    assert "513" in refused.reason
 
 
-def _of_dtype(dtype: str) -> str | None:
+def _of_dtype(dtype: str) -> Unsupported | None:
     q, k = (
         jax.ShapeDtypeStruct((1, 1, 2, 128), dtype),
         jax.ShapeDtypeStruct((1, 256, 2, 128), dtype),
     )
-    return tpu.unsupported("forward", q, k, k, RaggedAttentionParams(), "TPU v5e")
+    return refusal(Target("tpu", "TPU v5e"), "forward", q, k, k, RaggedAttentionParams())
 
 
 def test_float64_is_left_to_the_reference() -> None:
     """With the reason in the text of an error where the kernel was asked for."""
     with jax.enable_x64(True):
-        reason = _of_dtype("float64")
-    assert reason is not None
-    assert "float64" in reason
+        refused = _of_dtype("float64")
+    assert refused is not None
+    assert "float64" in refused.reason
+    assert refused.advice is None
 
 
 def test_float16() -> None:
-    """A dtype that no kernel takes asks for another, or for the reference."""
-    with pytest.raises(NotImplementedError, match=r"float16.*bfloat16.*implementation='reference'"):
-        _of_dtype("float16")
+    """A dtype that no kernel takes is refused with the dtypes that one takes."""
+    refused = _of_dtype("float16")
+    assert refused is not None
+    assert "float16" in refused.reason
+    assert refused.advice is not None
+    assert "bfloat16" in refused.advice

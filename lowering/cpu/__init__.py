@@ -2,18 +2,45 @@
 
 from typing import Any
 
+import jax
+
+from jax_ragged.lowering.contract import ByOperand, ByResult, Lowering, Operands, Residuals
 from jax_ragged.lowering.cpu.derivatives import jvp, vjp
 from jax_ragged.lowering.cpu.forward import forward
+from jax_ragged.lowering.params import RaggedAttentionParams
 
-__all__ = ["forward", "jvp", "unsupported", "vjp"]
+__all__ = ["LOWERING"]
 
 
-def unsupported(
-    operation: str, query: Any, key: Any, value: Any, params: Any, device_kind: str | None
-) -> str | None:
-    """Why a call is left to the reference, or None."""
-    del operation, params, device_kind
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not all(isinstance(size, int) for size in x.shape):
-            return f"its blocks need sizes known while tracing; {name} has shape {x.shape}"
-    return None
+class _CPU(Lowering):
+    """It takes every call."""
+
+    def forward(
+        self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
+    ) -> ByResult[jax.Array]:
+        del device_kind
+        return forward(operands, params)
+
+    def jvp(
+        self,
+        residuals: Residuals,
+        tangents: ByOperand[jax.Array | None],
+        params: RaggedAttentionParams,
+        device_kind: str | None,
+    ) -> ByResult[jax.Array]:
+        del device_kind
+        return jvp(residuals, tangents, params)
+
+    def vjp(
+        self,
+        residuals: Residuals,
+        cotangents: ByResult[jax.Array | None],
+        wrt: ByOperand[Any],
+        params: RaggedAttentionParams,
+        device_kind: str | None,
+    ) -> ByOperand[jax.Array | None]:
+        del device_kind
+        return vjp(residuals, cotangents, wrt, params)
+
+
+LOWERING = _CPU()

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jax_ragged.lowering._compat import (
     CPU_THREADS_DOTS,
@@ -18,8 +19,7 @@ from jax_ragged.lowering._compat import (
     pcast_to_varying,
     varying_axes,
 )
-from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import statistics_dtype
+from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
 
 _State = TypeVar("_State")
 _RowState = TypeVar("_RowState")
@@ -168,21 +168,21 @@ def _slice(x: jax.Array, block: Block) -> jax.Array:
     return lax.dynamic_slice(x, at, sizes)[0].astype(statistics_dtype(x.dtype))
 
 
-def zero_cache(like: jax.Array, tie: jax.Array) -> jax.Array:
+def zero_cache(shape: tuple[int, ...], dtype: DTypeLike, tie: jax.Array) -> jax.Array:
     """Zeros to put blocks in; bits of bfloat16 where XLA cannot update it.
 
     XLA would make a constant once, and copy it on one core for each use but one. So the zero is
     computed from `tie`, in a way that XLA does not see through.
     """
-    bits = like.dtype == jnp.bfloat16 and not CPU_UPDATES_BFLOAT16
-    dtype = jnp.uint16 if bits else like.dtype
+    if dtype == jnp.bfloat16 and not CPU_UPDATES_BFLOAT16:
+        dtype = jnp.uint16
     zero = (jnp.abs(tie[(0,) * tie.ndim]) < -1).astype(dtype)
-    return jnp.broadcast_to(zero, like.shape)
+    return jnp.broadcast_to(zero, shape)
 
 
-def written_cache(x: jax.Array, like: jax.Array) -> jax.Array:
-    """What was put in a zero_cache, in the dtype of like."""
-    return x if x.dtype == like.dtype else lax.bitcast_convert_type(x, like.dtype)
+def written_cache(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The array in dtype whose blocks were put in x, a zero_cache."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
 def put_block(x: jax.Array, block: Block, new: jax.Array) -> jax.Array:

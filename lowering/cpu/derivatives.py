@@ -5,13 +5,14 @@ first position at which the logits that it recomputes are largest; its terms, on
 each query and head, are added afterwards.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_ragged.lowering import reference
+from jax_ragged.lowering.contract import ByOperand, ByResult, Residuals
 from jax_ragged.lowering.cpu.blocks import (
     Block,
     Windows,
@@ -31,8 +32,8 @@ from jax_ragged.lowering.cpu.blocks import (
     zero_cache,
 )
 from jax_ragged.lowering.cpu.forward import is_dense
-from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import Arrays3, Optional3, Residuals, inverse, statistics_dtype
+from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
+from jax_ragged.lowering.reference import inverse
 
 _Rows = dict[str, jax.Array]
 
@@ -102,14 +103,13 @@ class _Moments(NamedTuple):
 
 def jvp(
     residuals: Residuals,
-    tangents: Optional3,
-    *,
+    tangents: ByOperand[jax.Array | None],
     params: RaggedAttentionParams,
-) -> Arrays3:
+) -> ByResult[jax.Array]:
     """Tangents of (out, max_logits, denominator) for tangents of (query, key, value)."""
-    query, key, value, lengths, starts, out, *_ = residuals
+    query, key, value, lengths, starts, *_ = residuals
     if is_dense(query, key, value, params):
-        return reference.jvp(residuals, tangents, params=params)
+        return reference.jvp(residuals, tangents, params)
     Q, Hkv = lengths.shape[1], key.shape[2]
     rows = _rows(residuals)
     q_dot, k_dot, v_dot = tangents
@@ -152,7 +152,8 @@ def jvp(
     m_dot = s_dot * (params.softmax_scale * _slope_at(sums.maximum, params))
     l_dot = sums.pz_dot - rows["denominator"] * m_dot
     o_dot = (sums.weighted - sums.pz_dot[..., None] * rows["o"]) * rows["inverse"][..., None]
-    return by_query(o_dot.astype(out.dtype), Q), by_query(m_dot, Q), by_query(l_dot, Q)
+    o_dot = o_dot.astype(params.result_dtype(query.dtype))
+    return ByResult(by_query(o_dot, Q), by_query(m_dot, Q), by_query(l_dot, Q))
 
 
 def _row(rows: _Rows, b: jax.Array) -> _Rows:
@@ -170,15 +171,14 @@ class _Gradients(NamedTuple):
 
 def vjp(
     residuals: Residuals,
-    cotangents: Optional3,
-    wrt: tuple[bool, bool, bool],
-    *,
+    cotangents: ByResult[jax.Array | None],
+    wrt: ByOperand[Any],
     params: RaggedAttentionParams,
-) -> Optional3:
+) -> ByOperand[jax.Array | None]:
     """Cotangents of those of (query, key, value) that wrt asks for: the transpose of jvp."""
     query, key, value, lengths, starts, *_ = residuals
     if is_dense(query, key, value, params):
-        return reference.vjp(residuals, cotangents, wrt, params=params)
+        return reference.vjp(residuals, cotangents, wrt, params)
     Q, Hkv = lengths.shape[1], key.shape[2]
     rows = _rows(residuals)
     _add_cotangents(rows, cotangents, Hkv)
@@ -196,11 +196,11 @@ def vjp(
             b, h = (lax.broadcasted_iota(jnp.int32, maximum.t.shape, i) for i in (0, 1))
             k_bar = k_bar.at[b, maximum.t, h].add((s_bar * rows["q"]).astype(k_bar.dtype))
     if q_bar is not None:
-        q_bar = by_query(q_bar.astype(query.dtype), Q)
-    return q_bar, k_bar, grads.v
+        q_bar = by_query(q_bar.astype(wrt.query), Q)
+    return ByOperand(q_bar, k_bar, grads.v)
 
 
-def _add_cotangents(rows: _Rows, cotangents: Optional3, Hkv: int) -> None:
+def _add_cotangents(rows: _Rows, cotangents: ByResult[jax.Array | None], Hkv: int) -> None:
     """Adds what the cotangents (o', m', l') make of a row, each only if it is there.
 
     z_t' = p_t (<o' / l, v_t> + shift) and at t* besides at_max, with shift = l' - <o', o> / l
@@ -227,7 +227,7 @@ def _run_vjp(
     key: jax.Array,
     value: jax.Array,
     windows: Windows,
-    wrt: tuple[bool, bool, bool],
+    wrt: ByOperand[Any],
     at_max: bool,
     params: RaggedAttentionParams,
     Q: int,
@@ -239,7 +239,7 @@ def _run_vjp(
     def begin(*leading: int) -> tuple[jax.Array | None, _Maximum | None]:
         zeros = varying_like(q, jnp.zeros((*leading, R, D), q.dtype))
         maximum = _Maximum.none(q, (*leading, R))
-        return (zeros if wrt[0] else None), (maximum if at_max else None)
+        return (None if wrt.query is None else zeros), (maximum if at_max else None)
 
     def begin_row(b: jax.Array, grads: _Gradients) -> tuple[_Rows, _Gradients]:
         q_bar, maximum = begin(Hkv)
@@ -250,7 +250,7 @@ def _run_vjp(
         k = take(key, at)
         z, p, slope = _logits(row, k, at, params)
         z_bar = row["shift"][..., None]
-        if "o_bar" in row and (wrt[0] or wrt[1]):
+        if "o_bar" in row and (wrt.query is not None or wrt.key is not None):
             z_bar = z_bar + along_features(row["o_bar"], take(value, at))
         s_bar = p * z_bar * (params.softmax_scale * slope)
         if grads.q is not None:
@@ -272,12 +272,12 @@ def _run_vjp(
 
     q_bar, maximum = begin(B, Hkv)
     k_bar, v_bar = (
-        varying_like(q, zero_cache(x, tie)) if asked else None
-        for x, tie, asked in zip((key, value), (q, rows["m"]), wrt[1:], strict=True)
+        None if dtype is None else varying_like(q, zero_cache(x.shape, dtype, tie))
+        for x, tie, dtype in zip((key, value), (q, rows["m"]), wrt[1:], strict=True)
     )
     initial = _Gradients(q_bar, k_bar, v_bar, maximum)
     grads = windows.fold(initial, R // Q, begin_row, block, end_row)
     return grads._replace(
-        k=None if grads.k is None else written_cache(grads.k, key),
-        v=None if grads.v is None else written_cache(grads.v, value),
+        k=None if grads.k is None else written_cache(grads.k, wrt.key),
+        v=None if grads.v is None else written_cache(grads.v, wrt.value),
     )

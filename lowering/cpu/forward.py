@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ragged.lowering import reference
+from jax_ragged.lowering.contract import ByResult, Operands
 from jax_ragged.lowering.cpu.blocks import (
     Block,
     Windows,
@@ -24,8 +25,10 @@ from jax_ragged.lowering.cpu.blocks import (
     take,
     varying_like,
 )
-from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import Arrays3, inverse, statistics_dtype
+from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
+from jax_ragged.lowering.reference import inverse
+
+Arrays3 = tuple[jax.Array, jax.Array, jax.Array]
 
 # Elements of a cache up to which the dense form is no slower than a loop.
 _DENSE_ELEMENTS = 1 << 15
@@ -40,18 +43,11 @@ def is_dense(
     return query.size * S == 0 or (params.block_size is None and elements <= _DENSE_ELEMENTS)
 
 
-def forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    *,
-    params: RaggedAttentionParams,
-) -> Arrays3:
+def forward(operands: Operands, params: RaggedAttentionParams) -> ByResult[jax.Array]:
     """Returns out [B, Q, Hq, Dv], max_logits and denominator [B, Q, Hq]."""
+    query, key, value, lengths, starts = operands
     if is_dense(query, key, value, params):
-        return reference.forward(query, key, value, lengths, starts, params=params)
+        return reference.forward(operands, params)
     Q = lengths.shape[1]
     windows = Windows.of(query, key, value, lengths, starts, params)
     wide = statistics_dtype(query.dtype)
@@ -59,7 +55,8 @@ def forward(
     highest, total, weighted = _stream(q, key, value, windows, Q, params)
     out = weighted * inverse(total)[..., None]
     highest = jnp.where(total == 0, jnp.asarray(params.mask_value, wide), highest)
-    return by_query(out.astype(query.dtype), Q), by_query(highest, Q), by_query(total, Q)
+    out = out.astype(params.result_dtype(query.dtype))
+    return ByResult(by_query(out, Q), by_query(highest, Q), by_query(total, Q))
 
 
 def _stream(

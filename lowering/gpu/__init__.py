@@ -27,12 +27,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_ragged.lowering.contract import ByResult, Lowering, Operands, Unsupported
 from jax_ragged.lowering.gpu.attend import attend, scratch
 from jax_ragged.lowering.gpu.merge import merge, rows_together
 from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, Plan, make_plan
 from jax_ragged.lowering.gpu.schedule import count_blocks, schedule
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import Arrays3
 
 _HEAD_DIMS = (64, 128, 256)
 _BLOCK_SIZE = 64
@@ -42,48 +42,40 @@ _MOST_POSITIONS = 2**31 - 1024
 _HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 
 
-def unsupported(
-    operation: str,
-    query: Any,
-    key: Any,
-    value: Any,
-    params: RaggedAttentionParams,
-    device_kind: str | None,
-) -> str | None:
-    """Why a call is left to the reference, or None.
-
-    Raises:
-      NotImplementedError: for a block size that alone stands in the way.
-    """
-    del operation  # there is forward only
-    sizes = (*query.shape, *key.shape, *value.shape)
-    if not all(isinstance(n, int) for n in sizes):
-        return "the kernel needs static shapes, and these are symbolic"
-    if 0 in sizes:
-        return "there is nothing to compute"
+def _check(
+    query: Any, key: Any, value: Any, params: RaggedAttentionParams, device_kind: str | None
+) -> None:
+    """Raises Unsupported for a call that the kernel does not take."""
     if device_kind == "cpu":
         device_kind = None  # lowered on a CPU host, for a GPU to come
     if device_kind is None and params.implementation != "kernel":
-        return "the device is not known, and the kernel runs on Hopper GPUs only"
+        raise Unsupported("its kernel runs on Hopper GPUs only, and the device is not known")
     if device_kind is not None and not _HOPPER.search(device_kind):
-        return f"the kernel runs on Hopper GPUs (compute capability 9.0), and this is {device_kind}"
+        raise Unsupported(
+            f"its kernel runs on Hopper GPUs (compute capability 9.0), and this is {device_kind}"
+        )
     if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the kernel takes bfloat16 and float16, and this is {query.dtype}"
+        raise Unsupported(f"its kernel takes bfloat16 and float16, and this is {query.dtype}")
     D, Dv = key.shape[3], value.shape[3]
     if D not in _HEAD_DIMS or Dv not in _HEAD_DIMS:
-        return f"the kernel takes head dimensions of {_HEAD_DIMS}, and these are {D} and {Dv}"
+        raise Unsupported(
+            f"its kernel takes head dimensions of {_HEAD_DIMS}, and these are {D} and {Dv}"
+        )
     positions = key.shape[0] * key.shape[1]
     if positions % SWIZZLE_ROWS:
-        return f"B * S must be a multiple of {SWIZZLE_ROWS} for the kernel, and is {positions}"
-    if positions > _MOST_POSITIONS:
-        return f"the kernel counts up to {_MOST_POSITIONS} positions, and B * S is {positions}"
-    if params.block_size not in (None, _BLOCK_SIZE):
-        raise NotImplementedError(
-            f"ragged_attention: the GPU kernel reads blocks of {_BLOCK_SIZE} positions; got "
-            f"block_size={params.block_size}. Pass block_size={_BLOCK_SIZE}, None to let the "
-            "lowering choose, or implementation='reference'."
+        raise Unsupported(
+            f"B * S must be a multiple of {SWIZZLE_ROWS} for its kernel, and is {positions}"
         )
-    return None
+    if positions > _MOST_POSITIONS:
+        raise Unsupported(
+            f"its kernel counts up to {_MOST_POSITIONS} positions, and B * S is {positions}"
+        )
+    if params.block_size not in (None, _BLOCK_SIZE):
+        raise Unsupported(
+            f"its kernel reads blocks of {_BLOCK_SIZE} positions, and block_size is "
+            f"{params.block_size}",
+            f"Pass block_size={_BLOCK_SIZE}, or None to let the lowering choose.",
+        )
 
 
 def _query_tiles(plan: Plan, query: jax.Array) -> jax.Array:
@@ -104,7 +96,7 @@ def run(
     lengths: jax.Array,
     starts: jax.Array,
     interpret: Any = None,
-) -> Arrays3:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     bounds, windows = schedule(plan, lengths, starts)
     scanned = plan.tables_in_shared_memory
     blocks = () if scanned else (count_blocks(plan, bounds),)
@@ -163,15 +155,17 @@ def run(
     )
 
 
-def forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    *,
-    params: RaggedAttentionParams,
-) -> Arrays3:
-    """As `lowering.reference.forward`."""
-    plan = make_plan(query, key, value, params)
-    return run(plan, query, key, value, lengths, starts)
+class _GPU(Lowering):
+    """The Hopper kernel of the forward."""
+
+    def forward(
+        self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
+    ) -> ByResult[jax.Array]:
+        query, key, value, lengths, starts = operands
+        _check(query, key, value, params, device_kind)
+        plan = make_plan(query, key, value, params)
+        out, max_logits, denominator = run(plan, query, key, value, lengths, starts)
+        return ByResult(out.astype(params.result_dtype(query.dtype)), max_logits, denominator)
+
+
+LOWERING = _GPU()

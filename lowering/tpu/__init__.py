@@ -7,56 +7,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_ragged.lowering.contract import (
+    ByOperand,
+    ByResult,
+    Lowering,
+    Operands,
+    Residuals,
+    Unsupported,
+)
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import Arrays3, Optional3, Residuals
 from jax_ragged.lowering.tpu import backward, block_size, forward_kernel as kernel, work_list
 from jax_ragged.lowering.tpu.block_size import VMEM_MOST, Blocks
 from jax_ragged.lowering.tpu.call import Call, readings
 from jax_ragged.lowering.tpu.chips import Chip, chip_of
 from jax_ragged.lowering.tpu.layout import LANES, alike, round_up
 
-# The dispatcher passes device_kind to the operations too.
-BY_DEVICE_KIND = True
-
 MAX_HEAD_DIM = 512
 
 
-def unsupported(
+def _check(
     operation: str,
     query: Any,
     key: Any,
     value: Any,
     params: RaggedAttentionParams,
     device_kind: str | None,
-) -> str | None:
-    """Why a call is left to the reference, or None.
-
-    Raises:
-      NotImplementedError: for a chip, a dtype or a head dimension that no kernel takes, and for a
-        block size that alone stands in the way.
-    """
-    sizes = (*query.shape, *key.shape, *value.shape)
-    if not all(isinstance(n, int) for n in sizes):
-        return "a Pallas kernel needs static shapes, and these are symbolic"
-    if query.dtype == jnp.float64:
-        return "Mosaic, the TPU kernel compiler, does not take float64"
+) -> None:
+    """Raises Unsupported for a call that the kernels do not take."""
     chip = chip_of(device_kind)
-    advice = "Pass implementation='reference'."
-    if query.dtype == jnp.float16:
-        raise NotImplementedError(
-            "ragged_attention: Mosaic, the TPU kernel compiler, does not take float16. "
-            "Pass bfloat16 or float32 operands, or implementation='reference'."
-        )
+    if query.dtype not in (jnp.float32, jnp.bfloat16):
+        advice = "Pass bfloat16 or float32 operands." if query.dtype == jnp.float16 else None
+        raise Unsupported(f"Mosaic, the TPU kernel compiler, does not take {query.dtype}", advice)
     if chip.reason is not None:
-        raise NotImplementedError(f"ragged_attention: {chip.reason}; got {device_kind}. {advice}")
+        raise Unsupported(f"{chip.reason}, and this is {device_kind}")
     largest = max(query.shape[-1], value.shape[-1])
     if largest > MAX_HEAD_DIM:
-        raise NotImplementedError(
-            f"ragged_attention: the TPU kernels take head dimensions up to {MAX_HEAD_DIM}; "
-            f"got {largest}. {advice}"
+        raise Unsupported(
+            f"its kernels take head dimensions up to {MAX_HEAD_DIM}, and this is {largest}"
         )
-    if 0 in sizes:
-        return "there is nothing to compute"
 
     def refused(block_size: int | None) -> str | None:
         asked = dataclasses.replace(params, block_size=block_size)
@@ -68,14 +56,13 @@ def unsupported(
         return chosen if isinstance(chosen, str) else None
 
     reason = refused(params.block_size)
-    if reason is not None and params.block_size is not None and refused(None) is None:
-        nearest = _nearest(params.block_size, key.shape[1], lambda n: refused(n) is None)
-        raise NotImplementedError(
-            f"ragged_attention: {reason} on a TPU. Pass block_size="
-            f"{' or '.join(map(str, nearest))}, None to let the lowering choose, or "
-            "implementation='reference'."
-        )
-    return reason
+    if reason is not None:
+        advice = None
+        if params.block_size is not None and refused(None) is None:
+            nearest = _nearest(params.block_size, key.shape[1], lambda n: refused(n) is None)
+            sizes = " or ".join(map(str, nearest))
+            advice = f"Pass block_size={sizes}, or None to let the lowering choose."
+        raise Unsupported(reason, advice)
 
 
 def _nearest(size: int, S: int, works: Callable[[int], bool]) -> list[int]:
@@ -122,70 +109,73 @@ def _choose(
     return min(possible, key=lambda x: block_size.compute_cycles(x[0].problem, chip))
 
 
-def forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
-    *,
-    params: RaggedAttentionParams,
-    device_kind: str | None = None,
-) -> Arrays3:
-    """As `reference.forward`, for what `unsupported` does not refuse."""
-    chip = chip_of(device_kind)
-    chosen = _choose(query, key, value, chip, params)
-    if isinstance(chosen, str):
-        raise NotImplementedError(f"ragged_attention: {chosen}. Pass block_size=None.")
-    call, blocks = chosen
-    plan = call.plan(blocks, chip, params)
-    lo = call.tile_windows(jnp.maximum(starts, 0))
-    hi = call.tile_windows(jnp.minimum(lengths, key.shape[1]))
-    work = work_list.WorkList.of(lo, hi, blocks.T, -(-call.S // blocks.T), plan.cores)
-    results = kernel.call(
-        plan,
-        work,
-        jnp.stack([call.window_rows(x)[:, : plan.P] for x in (lo, hi)], axis=1),
-        call.to_rows(query),
-        call.key.view(call.pad_cache(key)),
-        call.value.view(call.pad_cache(value)),
-        name="ragged_attention_mha" if call.G == 1 else "ragged_attention_gqa",
-    )
-    out, max_logit, denominator = work_list.complete(results, work, params.mask_value)
-    return (
-        call.from_rows(out),
-        call.from_rows(max_logit[..., None])[..., 0],
-        call.from_rows(denominator[..., None])[..., 0],
-    )
+class _TPU(Lowering):
+    """The kernels of `forward_kernel` and `derivative_kernels`."""
 
+    def forward(
+        self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
+    ) -> ByResult[jax.Array]:
+        query, key, value, lengths, starts = operands
+        _check("forward", query, key, value, params, device_kind)
+        chip = chip_of(device_kind)
+        chosen = _choose(query, key, value, chip, params)
+        if isinstance(chosen, str):
+            raise Unsupported(chosen)
+        call, blocks = chosen
+        plan = call.plan(blocks, chip, params)
+        lo = call.tile_windows(jnp.maximum(starts, 0))
+        hi = call.tile_windows(jnp.minimum(lengths, key.shape[1]))
+        work = work_list.WorkList.of(lo, hi, blocks.T, -(-call.S // blocks.T), plan.cores)
+        results = kernel.call(
+            plan,
+            work,
+            jnp.stack([call.window_rows(x)[:, : plan.P] for x in (lo, hi)], axis=1),
+            call.to_rows(query),
+            call.key.view(call.pad_cache(key)),
+            call.value.view(call.pad_cache(value)),
+            name="ragged_attention_mha" if call.G == 1 else "ragged_attention_gqa",
+        )
+        out, max_logit, denominator = work_list.complete(results, work, params.mask_value)
+        return ByResult(
+            call.from_rows(out).astype(params.result_dtype(query.dtype)),
+            call.from_rows(max_logit[..., None])[..., 0],
+            call.from_rows(denominator[..., None])[..., 0],
+        )
 
-def jvp(
-    residuals: Residuals,
-    tangents: Optional3,
-    *,
-    params: RaggedAttentionParams,
-    device_kind: str | None = None,
-) -> Arrays3:
-    """As `reference.jvp`, for what `unsupported` does not refuse."""
-    return backward.jvp(_derivative(residuals, params, device_kind), residuals, tangents)
+    def jvp(
+        self,
+        residuals: Residuals,
+        tangents: ByOperand[jax.Array | None],
+        params: RaggedAttentionParams,
+        device_kind: str | None,
+    ) -> ByResult[jax.Array]:
+        problem = _derivative("jvp", residuals, params, device_kind)
+        return ByResult(*backward.jvp(problem, residuals, tangents))
 
-
-def vjp(
-    residuals: Residuals,
-    cotangents: Optional3,
-    wrt: tuple[bool, bool, bool],
-    *,
-    params: RaggedAttentionParams,
-    device_kind: str | None = None,
-) -> Optional3:
-    """As `reference.vjp`, for what `unsupported` does not refuse."""
-    return backward.vjp(_derivative(residuals, params, device_kind), residuals, cotangents, wrt)
+    def vjp(
+        self,
+        residuals: Residuals,
+        cotangents: ByResult[jax.Array | None],
+        wrt: ByOperand[Any],
+        params: RaggedAttentionParams,
+        device_kind: str | None,
+    ) -> ByOperand[jax.Array | None]:
+        problem = _derivative("vjp", residuals, params, device_kind)
+        asked = (wrt.query is not None, wrt.key is not None, wrt.value is not None)
+        grads = backward.vjp(problem, residuals, cotangents, asked)
+        return ByOperand(
+            *(None if x is None else x.astype(d) for x, d in zip(grads, wrt, strict=True))
+        )
 
 
 def _derivative(
-    residuals: Residuals, params: RaggedAttentionParams, device_kind: str | None
+    operation: str, residuals: Residuals, params: RaggedAttentionParams, device_kind: str | None
 ) -> backward.Problem:
+    _check(operation, *residuals[:3], params, device_kind)
     problem = backward.choose(*residuals[:3], params, chip_of(device_kind))
     if isinstance(problem, str):
-        raise NotImplementedError(f"ragged_attention: {problem}. Pass block_size=None.")
+        raise Unsupported(problem)
     return problem
+
+
+LOWERING = _TPU()

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jax_ragged.lowering.contract import Residuals
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.reference import Arrays3, Optional3, Residuals
 from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu import block_size, derivative_kernels as kernels
 from jax_ragged.lowering.tpu.call import Call, readings
@@ -21,6 +21,9 @@ from jax_ragged.lowering.tpu.derivative_kernels import NOWHERE, Wrt
 from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, alike
 from jax_ragged.lowering.tpu.walk import Walk
 from jax_ragged.lowering.tpu.work_list import SCALARS, WorkList
+
+Arrays3 = tuple[jax.Array, jax.Array, jax.Array]
+Optional3 = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
 
 # Keys and values of a step: it has more latency to hide than the forward's, of five products.
 MIN_BYTES = MIB
@@ -453,7 +456,8 @@ class _Derivatives:
         z_sum, m_dot = (_unrows(sizes, x) for x in (z_sum.sum(axis=0), m_dot))
         out, denominator = self.residuals.out, self.residuals.denominator
         o_dot = o_sum - z_sum[..., None] * out.astype(jnp.float32)
-        return o_dot.astype(out.dtype), m_dot, denominator * (z_sum - m_dot)
+        o_dot = o_dot.astype(self.problem.params.result_dtype(query.dtype))
+        return o_dot, m_dot, denominator * (z_sum - m_dot)
 
 
 def _where(marks: tuple[bool, ...]) -> list[int]:
