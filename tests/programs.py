@@ -48,3 +48,10 @@ def temporary_bytes(fun: Callable[..., Any], *args: Any) -> int:
     analysis = jax.jit(fun).lower(*args).compile().memory_analysis()
     assert analysis is not None
     return int(analysis.temp_size_in_bytes)
+
+
+def lowered_text(fun: Callable[..., Any], *args: Any) -> str:
+    """The lowered program with its scopes; arguments that are not arrays are static."""
+    static = [i for i, x in enumerate(args) if x is None or isinstance(x, str)]
+    lowered = jax.jit(fun, static_argnums=static).lower(*args)
+    return str(lowered.as_text(debug_info=True))
