@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 # Before JAX starts a backend. Without this, a machine that has libtpu (a test extra, for its
 # compiler) but no TPU would look for one.
@@ -36,6 +37,32 @@ def fast_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--lowering",
+        metavar="MODULE:ATTRIBUTE",
+        help="a lowering of your own, to run tests/test_conformance.py on, and on no other",
+    )
+
+
+_OWN = pytest.StashKey[Any]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if name := config.getoption("--lowering"):
+        import lowerings
+
+        config.stash[_OWN] = lowerings.use_only(name)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Says for which calls the tests ran on a lowering of one's own, and not on the reference."""
+    if _OWN in config.stash:
+        terminalreporter.section(f"programs of {config.getoption('--lowering')}")
+        for line in config.stash[_OWN].report():
+            terminalreporter.line(line)
 
 
 @pytest.fixture

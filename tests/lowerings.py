@@ -1,14 +1,18 @@
 """The implementations that the conformance tests run over, each as this machine can run it."""
 
+import collections
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import pytest
 
+import jax_ragged
 from jax_ragged import (
     RaggedAttention,
     Unsupported,
@@ -51,7 +55,9 @@ class Lowering:
             with jax.default_device(jax.devices("cpu")[0]), pltpu.force_tpu_interpret_mode():
                 yield
         else:
-            with jax.default_device(jax.devices("cpu")[0]):
+            with jax.default_device(jax.devices("cpu")[0]), warnings.catch_warnings():
+                if self.name == "own":  # it may refuse any call, with advice too
+                    warnings.filterwarnings("ignore", "ragged_attention: the reference runs")
                 yield
 
     def bound(self, params: dict[str, Any]) -> Callable[..., RaggedAttention]:
@@ -63,13 +69,60 @@ class Lowering:
         return lambda *operands: ragged_attention(*operands, **keywords)
 
 
-LOWERINGS = (
+LOWERINGS: tuple[Lowering, ...] = (
     Lowering("definition"),
     Lowering("reference", "reference"),
     Lowering("cpu"),
     Lowering("tpu"),
     Lowering("gpu"),
 )
+
+
+class _Counted(jax_ragged.Lowering):
+    """A lowering that counts the programs that it took and refused, by operation."""
+
+    def __init__(self, lowering: jax_ragged.Lowering) -> None:
+        self.taken: collections.Counter[str] = collections.Counter()
+        self.refused: dict[str, collections.Counter[str]] = {}
+        for operation in ("forward", "jvp", "vjp"):
+            setattr(self, operation, self._counted(operation, getattr(lowering, operation)))
+
+    def _counted(self, operation: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        refused = self.refused[operation] = collections.Counter()
+
+        def counted(*arguments: Any) -> Any:
+            try:
+                results = run(*arguments)
+            except Unsupported as refusal:
+                refused[refusal.reason] += 1
+                raise
+            self.taken[operation] += 1
+            return results
+
+        return counted
+
+    def report(self) -> Iterator[str]:
+        """Lines for the end of a test run."""
+        for operation, refused in self.refused.items():
+            yield f"{operation}: took {self.taken[operation]} programs"
+            yield from (f"  refused {n} programs: {reason}" for reason, n in refused.items())
+
+
+def use_only(name: str) -> _Counted:
+    """Leaves one lowering to the conformance tests: your own, registered for the CPU.
+
+    Args:
+      name: where it is, `module:attribute`: an instance of a subclass of `jax_ragged.Lowering`.
+
+    Returns:
+      The registered lowering, with counts.
+    """
+    global LOWERINGS
+    module, _, attribute = name.partition(":")
+    counted = _Counted(getattr(importlib.import_module(module), attribute))
+    jax_ragged.register_lowering("cpu", counted)
+    LOWERINGS = (Lowering("own"),)
+    return counted
 
 
 def refusal(
