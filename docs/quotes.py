@@ -51,7 +51,7 @@ def quotation(file: str, name: str) -> str:
         raise ValueError(f"{file} does not define {name}")
     decorators = node.decorator_list if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
     lines = source.splitlines(keepends=True)
-    first = min(x.lineno for x in (node, *decorators)) - 1
+    first = min([node.lineno, *(x.lineno for x in decorators)]) - 1
     while first > 0 and lines[first - 1].lstrip().startswith("#"):
         first -= 1
     last = len(lines) if name.endswith("...") else node.end_lineno

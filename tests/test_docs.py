@@ -1,22 +1,24 @@
-"""README and docs: their code runs, prints what they say, and their links lead somewhere."""
+"""README and docs: their code runs and prints what they say, links and quotations are right."""
 
 import contextlib
+import importlib.util
 import io
 import pathlib
 import re
 import textwrap
 import tomllib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from jax_ragged.lowering import dispatch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-# An HTML comment before a block says why it is not run, for instance that it needs a TPU.
-NOT_RUN = re.compile(r"<!-- not run: .+? -->\s*\Z")
+# An HTML comment before a block says why it is not run, for instance that it needs a TPU, or names
+# the code in the repository that it quotes.
+NOT_RUN = re.compile(r"<!-- (?:not run|quoted): .+? -->\s*\Z")
 
 
 class Block(NamedTuple):
@@ -65,6 +67,8 @@ def test_code_runs_and_prints_what_the_page_says(
     page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # A page may register a lowering, which is not for the tests that follow.
+    monkeypatch.setattr(dispatch, "_LOWERINGS", dict(dispatch._LOWERINGS))
     namespace: dict[str, object] = {"__name__": "page"}
     for block in _blocks(page.read_text()):
         # Blank lines in front, so that a traceback has the line of the page.
@@ -74,6 +78,38 @@ def test_code_runs_and_prints_what_the_page_says(
             exec(code, namespace)
         if block.printed is not None:
             assert printed.getvalue().split() == block.printed.split(), f"{_id(page)}:{block.line}"
+
+
+def _quotes() -> Any:
+    spec = importlib.util.spec_from_file_location("quotes", ROOT / "docs" / "quotes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_quotations_are_the_code(page: pathlib.Path) -> None:
+    text = page.read_text()
+    assert text == _quotes().with_quotations(text), "python docs/quotes.py writes them anew"
+
+
+def test_quotation_has_decorators_and_comments(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quotes = _quotes()
+    monkeypatch.setattr(quotes, "ROOT", tmp_path)
+    code = "# Why.\n@f\ndef g():\n    # And how.\n    def h():\n        pass\n\nx = 1\ny = 2\n"
+    (tmp_path / "m.py").write_text(code)
+    assert quotes.quotation("m.py", "g") == code[: code.index("\nx")]
+    assert quotes.quotation("m.py", "g.h") == "# And how.\ndef h():\n    pass\n"
+    assert quotes.quotation("m.py", "x") == "x = 1\n"
+    assert quotes.quotation("m.py", "x...") == "x = 1\ny = 2\n"
+    written = quotes.with_quotations("<!-- quoted: m.py y -->\n```python\nz\n```\nend\n")
+    assert written == "<!-- quoted: m.py y -->\n```python\ny = 2\n```\nend\n"
+    with pytest.raises(ValueError, match="does not define z"):
+        quotes.quotation("m.py", "z")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_id)
