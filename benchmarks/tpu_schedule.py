@@ -59,7 +59,7 @@ GOAL = 0.8
 
 _GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGIES), "which to compile for")
 _PEERS = flags.DEFINE_bool("peers", True, "whether to compile jax's own kernels too")
-_SAVE = flags.DEFINE_bool("save", False, "write docs/tpu_schedule.md and docs/tpu_schedule.png")
+_SAVE = flags.DEFINE_bool("save", False, "write tpu_schedule.md and .png into docs/measurements")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,12 +432,12 @@ def _plot(rows: list[Row], path: Path) -> None:
 
 
 def _save(rows: list[Row]) -> None:
-    docs = Path(__file__).resolve().parent.parent / "docs"
+    docs = Path(__file__).resolve().parent.parent / "docs" / "measurements"
     title = (
         "# Schedules of the TPU kernels\n\n"
         "Written by `python -m benchmarks.tpu_schedule --save` with jax "
         f"{jax.__version__} and libtpu {importlib.metadata.version('libtpu')}; "
-        "[tpu.md](tpu.md) says what the columns mean.\n\n"
+        "[tpu.md](tpu.md) explains the columns.\n\n"
     )
     text = title + "\n".join(_lines(rows)) + "\n\n![ratios](tpu_schedule.png)\n"
     (docs / "tpu_schedule.md").write_text(text)
