@@ -1,4 +1,4 @@
-"""Ragged attention for decoding, as a primitive of JAX."""
+"""Ragged attention for decoding, as a JAX primitive."""
 
 from jax_ragged._attention import (
     RaggedAttention,

@@ -30,7 +30,7 @@ def _shapes(*arrays: jax.Array) -> str:
     return ", ".join(jax.typeof(x).str_short() for x in arrays)
 
 
-# Versions, devices, and which implementation runs here.
+# Versions, devices, and the lowering that runs here.
 
 
 def _chosen(function: Function, *operands: jax.Array) -> list[str]:
@@ -90,8 +90,13 @@ def _definition(
 ) -> tuple[Array, ...]:
     """Results, and the gradients of sum(sin(out)) with respect to query, key and value.
 
-    s = scale K q, z = cap tanh(s / cap), p = exp(z - max z), l = sum p, o = p V / l. With
-    o' = cos(o):  v_t' = p_t o' / l,  z_t' = p_t <o', v_t - o> / l,  s' = (1 - (z / cap)^2) z'.
+    For one query q with keys k [T, D] and values v [T, Dv], the gradient starts from
+    o_bar = cos(o):
+
+        s = scale k q    z = cap tanh(s / cap)    p = exp(z - max z) / l    o = p v
+        z_bar = p <o_bar, v - o>    s_bar = (1 - (z / cap)^2) z_bar    v_bar = p o_bar
+
+    where l is the sum of `exp(z - max z)`.
     """
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
     (B, Hq, _), (_, S, Hkv, Dv) = query.shape, value.shape
@@ -118,7 +123,7 @@ def _definition(
 
 
 def _check(seed: int) -> bool:
-    """Compares values and gradients in float32 with float64; prints; tells whether all agree."""
+    """Compares values and gradients in float32 with float64, prints, and returns if all agree."""
     random = np.random.default_rng(seed)
     B, S, Hq, Hkv, D, Dv, cap, scale = 6, 200, 8, 2, 32, 16, 20.0, 32**-0.5
     query, key, value = (
@@ -228,9 +233,11 @@ def _define_flags() -> None:
     flags.DEFINE_integer("query_heads", 32, "Query heads of the timed case.", lower_bound=1)
     flags.DEFINE_integer("kv_heads", 8, "Key/value heads of the timed case.", lower_bound=1)
     flags.DEFINE_integer("head_dim", 128, "Head dimension of the timed case.", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of the timed case.")
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16", "float16"], "Dtype of the timed case."
+    )
     flags.DEFINE_integer("repeats", 7, "Timed calls of each function.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the random numbers.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed of the random numbers.", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> int:

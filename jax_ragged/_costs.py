@@ -1,4 +1,4 @@
-"""What the ragged attention of a program moves and computes, read from its jaxpr."""
+"""The bytes and flops of the ragged attention in a program, read from its jaxpr."""
 
 import dataclasses
 import math
@@ -28,24 +28,24 @@ _PRIMITIVES = (ragged_attention_p, ragged_attention_jvp_p, ragged_attention_vjp_
 
 @dataclasses.dataclass(frozen=True)
 class EquationCost:
-    """One ragged attention equation of a program; inside shard_map, its sizes are of one shard.
+    """One ragged attention equation of a program. Inside shard_map it describes one shard.
 
-    Bytes count every operand that is needed once and every result once: of key and value (and
-    their tangents) the positions that lie in a window, of gradients all. Flops are those of the
-    matrix products, two for a multiplication and addition.
+    Bytes count every needed operand once and every result once. Key, value and their tangents
+    count the positions inside some window; gradients count whole. Flops count the matrix
+    products, two for a multiplication and addition.
 
     Attributes:
-      name: of the primitive.
-      where: the nested jaxprs that it lies in, outermost first.
-      trips: how often it runs, all loops around it multiplied; None inside a while loop, whose
-        trip count is not in the jaxpr, and then all figures are of one trip.
+      name: the name of the primitive.
+      where: the nested jaxprs around it, outermost first.
+      trips: the number of times that it runs, all loops around it multiplied. None inside a while
+        loop, whose trip count a jaxpr does not hold; then all figures are for one trip.
       conditional: whether it lies in a branch that may not be taken.
       sizes: B, Q, Hq, Hkv, S, D and Dv, folded as kernels see them.
-      dtype: of query, key, value and out.
-      bytes_at_most: in all trips, if every window were the whole cache.
-      bytes: in all trips, for the windows given; None where these are not known.
-      flops_at_most: as bytes_at_most.
-      flops: as bytes.
+      dtype: the dtype of query, key, value and out.
+      bytes_at_most: bytes in all trips, if every window were the whole cache.
+      bytes: bytes in all trips, for the windows given; None if these are not known.
+      flops_at_most: flops in all trips, if every window were the whole cache.
+      flops: flops in all trips, for the windows given; None if these are not known.
     """
 
     name: str
@@ -61,7 +61,7 @@ class EquationCost:
 
     @property
     def intensity(self) -> float:
-        """Flops for each byte: of the windows given, else at most."""
+        """Flops for each byte, for the windows given if they are known, else at most."""
         if self.bytes is None or self.flops is None:
             flops, moved = self.flops_at_most, self.bytes_at_most
         else:
@@ -74,7 +74,7 @@ class Costs:
     """The ragged attention equations of a program; `print` shows them as a table.
 
     Attributes:
-      equations: in the order of the program, nested jaxprs where they stand.
+      equations: one for each equation, in the order of the program.
     """
 
     equations: tuple[EquationCost, ...]
@@ -91,12 +91,12 @@ class Costs:
 
     @property
     def flops_at_most(self) -> int | None:
-        """As bytes_at_most."""
+        """The sum over the equations, all branches taken; None if a trip count is not known."""
         return self._total("flops_at_most")
 
     @property
     def flops(self) -> int | None:
-        """As bytes."""
+        """The sum over the equations; None if windows, trip counts or branches are not known."""
         return self._total("flops")
 
     def _total(self, figure: str) -> int | None:
@@ -154,20 +154,20 @@ def _quantity(amount: int | None, base: int) -> str:
 
 
 def costs(fn_or_jaxpr: Callable[..., Any] | Any, *args: Any) -> Costs:
-    """Finds every ragged attention equation of a program and what it costs.
+    """Finds every ragged attention equation of a program, and its cost.
 
-    Nothing of the size of a cache is made and no model is run: the program is traced, and only
+    No array of the size of a cache is made and no model is run. The program is traced, and only
     integer arithmetic is followed from the arguments to the lengths and starts of each equation.
     Windows that the arguments determine in this way (through jit, vmap, grad, checkpoint, scan
-    and the branches of cond) give exact figures, others only the largest possible ones.
+    and the branches of cond) give exact figures. Other windows give the largest possible ones.
 
     Args:
       fn_or_jaxpr: a function of arrays, to be traced, or a jaxpr as `jax.make_jaxpr` returns.
       *args: its arguments: arrays where the windows depend on them, and arrays or
-        `jax.ShapeDtypeStruct` elsewhere. Of a jaxpr, one for each of its inputs, or none at all.
+        `jax.ShapeDtypeStruct` elsewhere. A jaxpr takes one for each of its inputs, or none.
 
     Returns:
-      A `Costs`, whose `equations` are one `EquationCost` each; empty if the program has none.
+      A `Costs` with one `EquationCost` for each equation; empty if the program has none.
 
     Raises:
       TypeError, ValueError: for arguments that do not fit, and for symbolic shapes.
@@ -197,7 +197,7 @@ def _has_attention(jaxpr: Jaxpr) -> bool:
 
 
 def _equation_costs(scopes: Sequence[Scope], where: tuple[str, ...]) -> Iterator[EquationCost]:
-    """The costs in one jaxpr and those inside of it, over all of its runs."""
+    """The costs of one jaxpr and the jaxprs inside it, over all of its runs."""
     for eqn in scopes[0].jaxpr.eqns:
         if eqn.primitive in _PRIMITIVES:
             yield _equation_cost(eqn, scopes, where)
@@ -309,13 +309,13 @@ class _Call:
         return moved, 2 * self.sizes["Hq"] * self._width() * tokens
 
     def _needed(self, name: str) -> bool:
-        """Derivatives that leave the probabilities alone, or out, do not use value and out."""
+        """Whether it is read: not value and out, where no derivative goes through the weights."""
         derivative = len(self.operands) > len(PRIMALS)
         return name not in ("value", "out") or not derivative or self._moves_probabilities
 
     @property
     def _moves_probabilities(self) -> bool:
-        """Whether out's derivative by query or key is asked for."""
+        """Whether the derivative of out with respect to query or key is asked for."""
         names = {*self.operands, *self.results}
         through = {"out_dot", "out_bar"} & names
         return bool(through and {"query_dot", "key_dot", "query_bar", "key_bar"} & names)
@@ -332,9 +332,9 @@ class _Call:
 
 
 def _union(begin: Array, end: Array, leading: Sequence[int]) -> int:
-    """How many positions lie in a window, each once for windows that share it.
+    """Counts the positions inside some window, each once for all windows that share it.
 
-    Windows [*N] share a cache in the dimensions in which it has size 1.
+    Windows [*N] share a cache in the dimensions in which the cache has size 1.
     """
     shared = [i for i, n in enumerate(leading) if n == 1]
     rows = math.prod(leading)

@@ -1,4 +1,4 @@
-"""Reading of jaxprs: their runs, nested ones too, and the integers that are known in each."""
+"""Reads jaxprs: their runs, nested ones too, and the integers that are known in each."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,9 @@ from jax_ragged.lowering._compat import opened
 Array = npt.NDArray[Any]
 Thunk = Callable[[], Array | None]
 
-# Followed from the arguments to lengths and starts where all operands are integers or booleans:
-# what positions of a cache are computed with, and no more, so that no model is run.
+# The primitives that are followed from the arguments to lengths and starts, where all operands are
+# integers or booleans. Programs compute positions of a cache with these. With more primitives, a
+# model would run.
 # fmt: off
 _FOLLOWED = frozenset((
     "abs", "add", "and", "argmax", "argmin", "broadcast_in_dim", "clamp", "concatenate",
@@ -54,7 +55,7 @@ def aval_of(atom: Any) -> Any:
 
 
 class Scope:
-    """One run of a jaxpr, or `weight` alike ones: what is known of its integers, when asked."""
+    """One run of a jaxpr, or `weight` equal runs. It finds the known integers when asked."""
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class Scope:
         return known  # type: ignore[no-any-return]
 
     def _evaluate(self, eqn: JaxprEqn) -> None:
-        """Makes known what can be of the results of an equation."""
+        """Finds the results of an equation, as far as they are known."""
         self._known.update((var, None) for var in eqn.outvars)
         name = eqn.primitive.name
         if not self._follow or not any(_is_integer(aval_of(v).dtype) for v in eqn.outvars):
@@ -108,7 +109,7 @@ class Scope:
                 self._known.update(zip(eqn.outvars, map(np.asarray, results), strict=True))
 
     def nested(self, eqn: JaxprEqn) -> list[tuple[str, "Scope"]]:
-        """The runs of the jaxprs inside of an equation, each with what to call it."""
+        """The runs of the jaxprs inside an equation, each with a label."""
         if id(eqn) not in self._nested:
             self._nested[id(eqn)] = list(self._enter(eqn))
         return self._nested[id(eqn)]
@@ -135,7 +136,7 @@ class Scope:
                 yield name, self._inside(inner, nothing, weight=weight, follow=False)
 
     def _inside(self, jaxpr: Any, inputs: Sequence[Any], **changes: Any) -> "Scope":
-        """A run inside of this one, as often and as surely unless changed."""
+        """A run inside this one, with its weight and condition unless changed."""
         inner, consts = opened(jaxpr)
         inherited = {
             "weight": self.weight,
@@ -147,8 +148,8 @@ class Scope:
     def _trips(self, eqn: JaxprEqn) -> Iterator["Scope"]:
         """The runs of a scan's body; one for all if no integer differs from trip to trip.
 
-        What are constants, carry and scanned operands is read off the ranks, since the names of
-        the parameters that tell differ between versions of JAX.
+        The ranks tell constants, carry and scanned operands apart, since the names of the
+        parameters that tell it differ between versions of JAX.
         """
         body, length = opened(eqn.params["jaxpr"])[0], eqn.params["length"]
         ranks = [
@@ -191,7 +192,7 @@ class Scope:
         return None if known is None else known[trip]
 
     def _while(self, eqn: JaxprEqn, reads: Sequence[Any]) -> Iterator[tuple[str, "Scope"]]:
-        """The condition and the body once: only their constants are known."""
+        """The condition and the body, once each: only their constants are known."""
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         carry = [None] * (len(reads) - n_cond - n_body)
         for part, fixed in (
@@ -202,7 +203,7 @@ class Scope:
             yield f"while {part}", self._inside(inner, [*fixed, *carry], weight=None)
 
     def _branches(self, eqn: JaxprEqn, reads: Sequence[Any]) -> Iterator[tuple[str, "Scope"]]:
-        """The branch taken if that is known, else all."""
+        """The branch that is taken, if it is known, else all branches."""
         branches, index = eqn.params["branches"], self.read(eqn.invars[0])
         if index is not None:
             taken = min(max(int(index), 0), len(branches) - 1)

@@ -1,4 +1,4 @@
-"""What the operations are: one file per primitive, with all of its rules."""
+"""The three primitives: one file for each, with all of its rules."""
 
 if __name__ != "jax_ragged.primitives":
     raise ImportError(

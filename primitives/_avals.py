@@ -1,4 +1,4 @@
-"""Checks of operands and types of results that the three primitives share.
+"""The checks of operands and the types of results, shared by the three primitives.
 
 A result is built from the operands' types, so that it keeps what they carry: the mesh and the
 sharding of an explicit mesh, and the manual axes over which values vary inside shard_map.
@@ -26,7 +26,18 @@ def _describe(operands: Mapping[str, ShapedArray]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """The operands of one equation, and the sizes, sharding and manual axes that they agree on."""
+    """The checked operands of one equation, and the properties that they agree on.
+
+    Attributes:
+      signature: the operands and results.
+      params: the static parameters of the equation.
+      avals: the types of the operands, by name.
+      sizes: the sizes of the trailing dimensions, by letter.
+      axes: the explicit mesh axes of the trailing dimensions, by letter.
+      leading: the sizes of the leading dimensions.
+      leading_axes: the explicit mesh axes of the leading dimensions.
+      template: the type that carries the mesh and the manual axes to the results.
+    """
 
     signature: Signature
     params: RaggedAttentionParams
@@ -44,7 +55,7 @@ class Checked:
         """Checks the operands of an equation.
 
         Raises:
-          TypeError, ValueError: for operands that do not fit each other.
+          TypeError, ValueError: if the operands do not fit each other.
         """
         primitive, operands = signature.primitive, signature.bind(avals)
         rank = operands["query"].ndim - 2
@@ -99,8 +110,8 @@ class Checked:
     def layout(self) -> Layout:
         """How the operands and the results lie on the mesh.
 
-        The mesh is that of the operands' types or, as for values made outside of it, the
-        context's. Explicit axes are split as the types say, automatic ones as `partition` does.
+        The mesh comes from the operands' types or, for values made outside a mesh, from the
+        context. The types say how explicit axes are split, `partition` how automatic ones are.
         """
         mesh = self.template.sharding.mesh
         if mesh.empty:
@@ -122,7 +133,7 @@ class Checked:
         return self._spec(spec, tuple(map(is_one, leading)))
 
     def _spec(self, spec: Spec, shared: Sequence[bool] | None) -> PartitionSpec:
-        """The mesh axes of an operand or result; in its shared dimensions it has none."""
+        """The mesh axes of an operand or result, with none in its shared dimensions."""
         *leading, heads = self.params.partition or [None] * (len(self.leading) + 1)
         key_heads = None if is_one(self.sizes["Hkv"]) else heads
         axes = {
@@ -176,7 +187,7 @@ def _check_reduced(primitive: str, operands: Mapping[str, ShapedArray]) -> None:
 
 
 def _merged(*entries: Any) -> Any:
-    """One entry of a PartitionSpec with the mesh axes of all."""
+    """One entry of a PartitionSpec, with the mesh axes of all the entries."""
     merged = tuple(axis for entry in entries for axis in axis_names(entry))
     return merged[0] if len(merged) == 1 else merged or None
 
@@ -223,7 +234,7 @@ def is_zero(size: Any) -> bool:
 
 
 def _template(primitive: str, operands: Mapping[str, ShapedArray]) -> ShapedArray:
-    """An operand with a mesh, if one has any: values made outside of the mesh have none."""
+    """The type of an operand with a mesh if there is one: values made outside it have none."""
     varying = {name: varying_axes(aval) for name, aval in operands.items()}
     if len(set(varying.values())) > 1:
         got = ", ".join(f"{name} over {sorted(axes)}" for name, axes in varying.items())

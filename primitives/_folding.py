@@ -1,8 +1,8 @@
-"""Folding of leading dimensions: [*N, ...] to [B, ...] for a cache, [B, Q, ...] for the rest.
+"""Folds leading dimensions: [*N, ...] to [B, ...] for a cache, [B, Q, ...] for the others.
 
-A leading dimension in which the cache has size n goes to the batch axis B, one in which it has
-size 1 is shared by all its queries and goes to the query axis Q. So a shared cache is read once
-and never copied, whatever is mapped over it.
+A leading dimension in which the cache has size n becomes part of the rows B. One in which it has
+size 1 is shared by queries and becomes part of the queries Q. So a cache that is shared is read
+once and not copied. A key or value that is shared where the other one is not is copied n times.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax_ragged.primitives._signature import Signature, Spec
 
 
 def is_one(size: Any) -> bool:
-    """Whether a dimension is known to be 1; a symbolic one is not."""
+    """Whether a dimension is known to be 1; a symbolic dimension is not."""
     return isinstance(size, int) and size == 1
 
 
@@ -33,7 +33,12 @@ def _product(sizes: Sequence[Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Folding:
-    """The sizes of the leading dimensions and which of them the cache is not shared in."""
+    """How leading dimensions fold.
+
+    Attributes:
+      leading: the size of each leading dimension.
+      batch: whether each goes to the rows B, because the cache is not shared in it.
+    """
 
     leading: tuple[Any, ...]
     batch: tuple[bool, ...]
@@ -68,7 +73,7 @@ class Folding:
         return _product([self.leading[i] for i in self._query_dims])
 
     def fold(self, spec: Spec, x: jax.Array) -> jax.Array:
-        """[*N, ...], sizes n or 1, to [B, S, H, D] for a cache and [B, Q, ...] for the rest.
+        """[*N, ...], with sizes n or 1, to [B, S, H, D] for a cache and [B, Q, ...] for others.
 
         A cache is broadcast only where another one has size n and this one has 1.
         """

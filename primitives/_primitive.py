@@ -1,4 +1,4 @@
-"""What the three primitives do alike."""
+"""The rules that the three primitives share."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from jax_ragged.primitives._signature import Signature
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """Everything that the rules of one primitive need to know of it.
+    """A description of one primitive, from which its rules are made.
 
     Attributes:
       signature: the operands and results, for the equation's static parameters.
@@ -41,7 +41,7 @@ class Definition:
     run: Callable[..., Mapping[str, jax.Array | None]]
 
     def check(self, avals: Sequence[ShapedArray], static: Mapping[str, Any]) -> Checked:
-        """Checks the operands of an equation."""
+        """Checks the operands of an equation; raises TypeError or ValueError for a misfit."""
         return Checked.of(self.signature(**static), avals, static["params"])
 
     def folded(
@@ -70,7 +70,7 @@ class Definition:
 
 @functools.cache
 def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Any:
-    """A jitted bind: what makes an eager call about as cheap as one of lax."""
+    """A jitted bind, which makes an eager call about as cheap as one of lax."""
 
     def run(*operands: jax.Array) -> Any:
         return primitive.bind(*operands, **dict(params))
@@ -80,7 +80,7 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def eager(primitive: Primitive) -> Callable[..., Any]:
-    """The implementation of a primitive on concrete arrays; `disable_jit` does not reach it."""
+    """Evaluates a primitive on concrete arrays, compiled even under `jax.disable_jit`."""
 
     def impl(*operands: jax.Array, **params: Any) -> Any:
         with jax.disable_jit(False):
@@ -90,7 +90,7 @@ def eager(primitive: Primitive) -> Callable[..., Any]:
 
 
 def bind(primitive: Primitive, *operands: jax.Array, **static: Any) -> list[jax.Array]:
-    """Binds a primitive to operands that may vary over different manual axes of a mesh."""
+    """Binds a primitive to operands, after joining the manual mesh axes over which they vary."""
     varying = frozenset[str]().union(*map(varying_axes, operands))
     results: list[jax.Array] = primitive.bind(
         *(pcast_to_varying(x, varying) for x in operands), **static

@@ -15,7 +15,7 @@ from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
 
 T = TypeVar("T")
 
-# The dtype of query, of out (see `RaggedAttentionParams.out_dtype`), of the statistics, or int32.
+# The dtype: as query, as out (see `RaggedAttentionParams.out_dtype`), as the statistics, or int32.
 Kind = Literal["query", "out", "statistic", "position"]
 
 
@@ -24,9 +24,9 @@ class Spec:
     """One operand or result.
 
     Attributes:
-      name: the name; a tangent ends in `_dot`, a cotangent in `_bar`.
+      name: the name; the name of a tangent ends in `_dot`, of a cotangent in `_bar`.
       trailing: the letters of the dimensions that follow the leading ones.
-      kind: the dtype that it has.
+      kind: which dtype it has.
       linear: whether the primitive is linear in this operand.
       shared: for a result, the leading dimensions that it is summed over and keeps as 1; None
         for none.
@@ -93,8 +93,8 @@ class Signature:
 
     Attributes:
       primitive: the name of the primitive.
-      operands: in order, those in which it is linear last.
-      results: in order.
+      operands: the operands in order, the linear ones last.
+      results: the results in order.
     """
 
     primitive: str
@@ -102,11 +102,11 @@ class Signature:
     results: tuple[Spec, ...]
 
     def bind(self, values: Sequence[T]) -> dict[str, T]:
-        """The values of the operands, by name."""
+        """Returns the values of the operands, by name."""
         return dict(zip(names(self.operands), values, strict=True))
 
     def split(self, values: Sequence[T]) -> tuple[dict[str, T], dict[str, T]]:
-        """The values of the operands, by name: the residuals, and the linear ones."""
+        """Returns the values of the residuals and of the linear operands, each by name."""
         pairs = list(zip(self.operands, values, strict=True))
         residuals = {spec.name: x for spec, x in pairs if not spec.linear}
         return residuals, {spec.name: x for spec, x in pairs if spec.linear}
@@ -137,8 +137,8 @@ def vjp_signature(
 ) -> Signature:
     """The signature of ragged_attention_vjp_p.
 
-    `given` names the results whose cotangents are there, `wrt` the operands whose cotangents are
-    asked for, and `shared` has for each of these the leading dimensions that it is summed over.
+    `given` names the results that have a cotangent. `wrt` names the operands whose cotangent is
+    asked for. `shared` has, for each of these, the leading dimensions that it is summed over.
     """
     del params
     bars = (spec.bar() for spec in named(RESULTS, given))

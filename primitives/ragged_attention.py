@@ -48,9 +48,9 @@ def _run(
     return target.forward(Operands(**arrays), params)._asdict()
 
 
-# The tangents are those of ragged_attention_jvp_p, linear in the tangents of query, key and
-# value. The results are its residuals, `out` not rounded, named so that a remat policy can save
-# them.
+# ragged_attention_jvp_p computes the tangents, linear in the tangents of query, key and value. Its
+# residuals are the results, with `out` not rounded. They have names, so that a policy of
+# jax.checkpoint can save them.
 def _ragged_attention_jvp_rule(
     primals: Sequence[jax.Array], tangents: Sequence[Any], *, params: RaggedAttentionParams
 ) -> tuple[list[jax.Array], list[Any]]:
@@ -75,16 +75,16 @@ def _ragged_attention_jvp_rule(
     )
 
 
-# out is linear in value: out = p value, so value_bar = p.T out_bar, which ragged_attention_vjp_p
-# gives from max_logits and denominator. Those do not depend on value, so that the key can stand
-# for it; nor does value_bar depend on value or on out, so that zeros can stand for them.
+# out is linear in value: out = p value, so value_bar = p.T out_bar. ragged_attention_vjp_p computes
+# it from max_logits and denominator. These two do not depend on value, so the key stands for it.
+# Nor does value_bar depend on value or on out, so zeros stand for them.
 def _ragged_attention_transpose_rule(
     cotangents: Sequence[Any], *operands: Any, params: RaggedAttentionParams
 ) -> list[Any]:
     named = zip(names(PRIMALS), operands, strict=True)
     if {name for name, x in named if ad.is_undefined_primal(x)} != {"value"}:
         raise NotImplementedError(
-            "ragged_attention: linear in value alone, and only there can it be transposed; "
+            "ragged_attention: it is linear in value alone, so it can be transposed in value only; "
             "got a linear query or key. Differentiate it with jax.vjp or jax.grad."
         )
     query, key, value, lengths, starts = operands

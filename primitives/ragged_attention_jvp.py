@@ -1,7 +1,8 @@
 """The tangents of ragged attention, linear in the tangents of query, key and value.
 
-Operands: those of ragged_attention_p, its results with `out` not rounded, and the tangents of the
-operands that `wrt` names. Results: the tangents of out, max_logits and denominator.
+The operands are the operands of ragged_attention_p, its results with `out` not rounded, and the
+tangents of the operands that `wrt` names. The results are the tangents of out, max_logits and
+denominator.
 
 This file and `ragged_attention_vjp` need each other, since each primitive is the transpose of the
 other. They meet when rules run, after both are imported.

@@ -1,10 +1,10 @@
-"""The cotangents of ragged attention, linear in those of out, max_logits and denominator.
+"""The cotangents of ragged attention, linear in the cotangents of its results.
 
-Operands: those of ragged_attention_p, its results with `out` not rounded, and the cotangents of
-the results that `given` names. Results: the cotangents of the operands that `wrt` names, each
-summed over the leading dimensions that its entry of `shared` marks, which have size 1 in it. So a
-cache shared by many queries gets one gradient, and a cotangent mapped by vmap gets one for each
-example.
+The operands are the operands of ragged_attention_p, its results with `out` not rounded, and the
+cotangents of the results that `given` names. The results are the cotangents of the operands that
+`wrt` names. Each is summed over the leading dimensions that its entry of `shared` marks, and keeps
+them as 1. So a cache that many queries share gets one gradient, and under a vmap over cotangents
+each example gets its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ def _run(
     wrt: Names,
     shared: Shared,
 ) -> Mapping[str, jax.Array | None]:
-    del given, shared  # arrays has the one, and the caller sums over the other
+    del given, shared  # arrays holds the given cotangents; the caller sums
     residuals = Residuals(**{name: arrays[name] for name in names(RESIDUALS)})
     cotangents = ByResult(*(arrays.get(f"{name}_bar") for name in names(RESULTS)))
 
@@ -96,7 +96,7 @@ def _ragged_attention_vjp_transpose_rule(
 
 
 def _lead_shared(static: dict[str, Any]) -> dict[str, Any]:
-    """A result is mapped, one for each example, whether or not its operand is."""
+    """Marks the mapped axis as not shared: a result is mapped even if its operand is not."""
     return static | {"shared": tuple((False, *share) for share in static["shared"])}
 
 

@@ -162,3 +162,12 @@ def test_page_of_the_tests_itself_is_read() -> None:
     )
     assert _blocks(text) == [Block(2, "print(1)\n", "1\n")]
     assert _anchors("# A `b`, c-d\n```\n# no\n```\n") == {"a-b-c-d"}
+
+
+def test_prose_names_things() -> None:
+    """Nouns in place of "what" and "that of": at most one each in 1,000 words of the pages."""
+    text = "\n".join(_prose(page.read_text()) for page in PAGES)
+    words = len(re.findall(r"[A-Za-z']+", text))
+    for habit in (r"\bwhat\b", r"\b(?:that|those) of\b"):
+        found = re.findall(rf".*{habit}.*", text, re.IGNORECASE)
+        assert len(found) <= words / 1000, "\n".join(found)
