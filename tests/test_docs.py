@@ -134,6 +134,15 @@ def test_files_named_in_a_page_exist(page: pathlib.Path) -> None:
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+def test_architecture_names_what_stands_in_the_files() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    diagrams = "".join(match[3] for match in FENCE.finditer(text))
+    named = re.findall(r"(\S+/\S+\.py) +(\w+)$", diagrams, re.MULTILINE)
+    assert len(named) > 20
+    absent = [(file, name) for file, name in named if name not in (ROOT / file).read_text()]
+    assert not absent
+
+
 @pytest.mark.parametrize(("row", "platform"), [("CPU", "cpu"), ("TPU", "tpu"), ("Hopper", "cuda")])
 def test_table_of_platforms_says_what_has_a_kernel(row: str, platform: str) -> None:
     cells = re.search(rf"^\|[^|]*{row} \|(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
