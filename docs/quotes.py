@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _QUOTATION = re.compile(
-    r"^<!-- quoted: (?P<file>\S+) (?P<name>\S+) -->\n(?:```python\n.*?^```$)?",
+    r"^<!-- quoted: (?P<file>\S+) (?P<name>\S+) -->$(?:\n```python\n.*?^```$)?",
     re.MULTILINE | re.DOTALL,
 )
 

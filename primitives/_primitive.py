@@ -113,7 +113,7 @@ def batch_rule(
 ) -> Callable[..., Any]:
     """Puts the mapped axis in front, and a 1 in front of the operands that do not have it.
 
-    Nothing is reshaped, copied or broadcast, and any nesting of vmaps is one equation.
+    No operand is broadcast, and any nesting of vmaps is one equation.
     `lead_static` gives the static parameters other than `params` their entry for the axis.
     """
 
