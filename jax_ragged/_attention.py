@@ -190,15 +190,7 @@ def _reference_ragged_attention(
     lengths, starts = (jnp.broadcast_to(_window_bound(x, rank), rows) for x in (lengths, starts))
     if rank == 1:
         query, lengths, starts = query[:, None], lengths[:, None], starts[:, None]
-    valid = reference.window_mask(lengths, starts, key.shape[1])
-    operands = Operands(
-        query,
-        reference.zero_outside(key, valid),
-        reference.zero_outside(value, valid),
-        lengths,
-        starts,
-    )
-    results = reference.forward(operands, params)
+    results = reference.definition(Operands(query, key, value, lengths, starts), params)
     return RaggedAttention(*(x[:, 0] if rank == 1 else x for x in results))
 
 

@@ -7,6 +7,16 @@ starts [B, Q]. In the comments, for one query and one head, with t running over 
     p_t = exp(z_t - m)          l = sum p_t                    o = sum p_t v_t / l
 
 The maximum is attained at t*, the first such position; everywhere else its derivative is 0.
+
+A window without a position, or one whose logits are all -inf, is empty: m = mask_value, l = 0,
+o = 0, and all derivatives are 0, whatever the query and the cotangents hold.
+
+Each derivative computes the logits, m and l again instead of taking m, l and o from the residuals.
+Its weights p_t / l then sum to 1 whatever lowering ran the forward: logits of 1e4 have a unit in
+the last place of 1e-3, so another order of operations would move the weights by that much.
+
+Rounding: logits, weights and their cotangents stay in float32 (float64 for float64). Only the
+forward may round weights, to the dtype of out.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +36,7 @@ def window_mask(lengths: jax.Array, starts: jax.Array, S: int) -> jax.Array:
 
 
 def zero_outside(x: jax.Array, valid: jax.Array) -> jax.Array:
-    """Zeros what of the cache x [B, S, H, D] lies in no window of valid [B, Q, S].
+    """Zeros the positions of the cache x [B, S, H, D] that no window of valid [B, Q, S] holds.
 
     Multiplying by a probability of 0 is not enough: 0 * NaN is NaN.
     """
@@ -34,14 +44,11 @@ def zero_outside(x: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Contracts in y's dtype with wide accumulation; float32 is not rounded on the way."""
-    return jnp.einsum(
-        spec,
-        x.astype(y.dtype),
-        y,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=statistics_dtype(y.dtype),
-    )
+    """Contracts with wide accumulation. Operands of two dtypes are both widened, none narrowed."""
+    wide = statistics_dtype(y.dtype)
+    if x.dtype != y.dtype:
+        x, y = x.astype(wide), y.astype(wide)
+    return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
 
 
 def _group(x: jax.Array, Hkv: int) -> jax.Array:
@@ -54,6 +61,45 @@ def _ungroup(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
+class _Softmax(NamedTuple):
+    """The softmax of one window for each query and head.
+
+    Attributes:
+      p: [B, Q, Hkv, G, S], exp(z - m); 0 outside of the window.
+      dz_ds: [B, Q, Hkv, G, S], the slope of the soft cap; None stands for 1.
+      at_max: bool [B, Q, Hkv, G, S], whether a position is t*.
+      m: [B, Q, Hkv, G], the maximum.
+      denominator: [B, Q, Hkv, G], l.
+      nonempty: bool [B, Q, Hkv, G], whether any logit is more than -inf.
+    """
+
+    p: jax.Array
+    dz_ds: jax.Array | None
+    at_max: jax.Array
+    m: jax.Array
+    denominator: jax.Array
+    nonempty: jax.Array
+
+    @property
+    def inverse(self) -> jax.Array:
+        """1 / l, [B, Q, Hkv, G, 1]; 0 for an empty window."""
+        return inverse(self.denominator)[..., None]
+
+    def kept(self, x: jax.Array) -> jax.Array:
+        """x [B, Q, Hkv, G, ...], but 0 for an empty window, whatever x holds there."""
+        nonempty = self.nonempty.reshape(*self.nonempty.shape, *[1] * (x.ndim - 4))
+        return jnp.where(nonempty, x, jnp.zeros((), x.dtype))
+
+    def weighted(self, x: jax.Array) -> jax.Array:
+        """P x, [B, Q, Hkv, G, S], but 0 where p is 0, whatever x holds there."""
+        return jnp.where(self.p == 0, 0, self.p * x)
+
+
+def _scaled_dot(q: jax.Array, k: jax.Array, params: RaggedAttentionParams) -> jax.Array:
+    """S [B, Q, Hkv, G, S] of q [B, Q, Hkv, G, D] and k [B, S, Hkv, D]."""
+    return params.softmax_scale * _dot("bqhgd,bshd->bqhgs", q, k)
+
+
 def _cap(s: jax.Array, params: RaggedAttentionParams) -> tuple[jax.Array, jax.Array | None]:
     """Z and dz/ds; None stands for 1."""
     if params.logits_soft_cap is None:
@@ -62,32 +108,33 @@ def _cap(s: jax.Array, params: RaggedAttentionParams) -> tuple[jax.Array, jax.Ar
     return params.logits_soft_cap * tanh, 1 - tanh * tanh
 
 
-def _scaled_dot(q: jax.Array, k: jax.Array, params: RaggedAttentionParams) -> jax.Array:
-    return params.softmax_scale * _dot("bqhgd,bshd->bqhgs", q, k)
+def _maximum(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maximum of z [..., S] and, bool [..., S], the first position that attains it.
+
+    The maximum is taken as an element of z, so that JAX's own rules give it the derivative that
+    the definition gives it.
+    """
+    if z.shape[-1] == 0:
+        return jnp.full(z.shape[:-1], -jnp.inf, z.dtype), jnp.zeros(z.shape, bool)
+    first = jnp.argmax(lax.stop_gradient(z), axis=-1, keepdims=True)
+    at_max = lax.broadcasted_iota(first.dtype, z.shape, z.ndim - 1) == first
+    return jnp.where(at_max, z, 0).sum(axis=-1), at_max
 
 
-def forward(operands: Operands, params: RaggedAttentionParams) -> ByResult[jax.Array]:
-    """Returns out [B, Q, Hq, Dv], max_logits and denominator [B, Q, Hq]."""
-    query, key, value, lengths, starts = operands
-    S, Hkv = key.shape[1:3]
-    valid = window_mask(lengths, starts, S)
-    z, _ = _cap(_scaled_dot(_group(query, Hkv), key, params), params)
-    mask_value = jnp.asarray(params.mask_value, z.dtype)
+def _softmax(
+    q: jax.Array, k: jax.Array, valid: jax.Array, params: RaggedAttentionParams
+) -> _Softmax:
+    """The softmax of q [B, Q, Hkv, G, D] over k [B, S, Hkv, D] in the windows valid [B, Q, S].
+
+    Every pass takes it from here, so that all have the same order of operations.
+    """
+    z, dz_ds = _cap(_scaled_dot(q, k, params), params)
     z = jnp.where(valid[:, :, None, None], z, -jnp.inf)
-    # The maximum as an element of z: its derivative is then that of the first position that
-    # attains it, the convention of jvp and vjp below.
-    if S == 0:
-        m = jnp.full(z.shape[:-1], mask_value)
-    else:
-        t_star = jnp.argmax(lax.stop_gradient(z), axis=-1, keepdims=True)
-        m = jnp.take_along_axis(z, t_star, axis=-1)[..., 0]
-        m = jnp.where(valid.any(axis=-1)[:, :, None, None], m, mask_value)
+    m, at_max = _maximum(z)
+    nonempty = m != -jnp.inf
+    m = jnp.where(nonempty, m, jnp.asarray(params.mask_value, z.dtype))
     p = jnp.exp(z - m[..., None])
-    denominator = p.sum(axis=-1)
-    out = _dot("bqhgs,bshe->bqhge", p, zero_outside(value, valid))
-    out = out * inverse(denominator)[..., None]
-    out = out.astype(params.result_dtype(query.dtype))
-    return ByResult(_ungroup(out), _ungroup(m), _ungroup(denominator))
+    return _Softmax(p, dz_ds, at_max & nonempty[..., None], m, p.sum(axis=-1), nonempty)
 
 
 def inverse(denominator: jax.Array) -> jax.Array:
@@ -96,36 +143,41 @@ def inverse(denominator: jax.Array) -> jax.Array:
     return jnp.where(empty, 0, 1 / jnp.where(empty, 1, denominator))
 
 
-class _Softmax(NamedTuple):
-    """What both derivatives recompute, [B, Q, Hkv, G, S], and 1 / l, [B, Q, Hkv, G, 1]."""
+def forward(operands: Operands, params: RaggedAttentionParams) -> ByResult[jax.Array]:
+    """Returns out [B, Q, Hq, Dv], max_logits and denominator [B, Q, Hq]."""
+    query, key, value, lengths, starts = operands
+    S, Hkv = key.shape[1:3]
+    dtype = params.result_dtype(query.dtype)
+    valid = window_mask(lengths, starts, S)
+    softmax = _softmax(_group(query, Hkv), key, valid, params)
+    out = _dot("bqhgs,bshe->bqhge", softmax.p.astype(dtype), zero_outside(value, valid))
+    # An empty window may share its row with one that holds a NaN: kept makes 0 of 0 * NaN.
+    out = softmax.kept(out * softmax.inverse).astype(dtype)
+    return ByResult(_ungroup(out), _ungroup(softmax.m), _ungroup(softmax.denominator))
 
-    p: jax.Array
-    dz_ds: jax.Array | None
-    at_max: jax.Array
-    valid: jax.Array
-    inverse: jax.Array
 
+def definition(operands: Operands, params: RaggedAttentionParams) -> ByResult[jax.Array]:
+    """The forward, made for differentiation by JAX's own rules.
 
-def _softmax(
-    q: jax.Array,
-    k: jax.Array,
-    valid: jax.Array,
-    m: jax.Array,
-    denominator: jax.Array,
-    params: RaggedAttentionParams,
-) -> _Softmax:
-    z, dz_ds = _cap(_scaled_dot(q, k, params), params)
-    valid = valid[:, :, None, None]
-    p = jnp.exp(jnp.where(valid, z - m[..., None], -jnp.inf))
-    # t* comes from these logits and not from m: another lowering's maximum need not match
-    # them to the last bit.
-    masked = lax.stop_gradient(jnp.where(valid, z, -jnp.inf))
-    if z.shape[-1] == 0:
-        at_max = jnp.zeros(z.shape, bool)
-    else:
-        t_star = jnp.argmax(masked, axis=-1, keepdims=True)
-        at_max = (lax.broadcasted_iota(t_star.dtype, z.shape, z.ndim - 1) == t_star) & valid
-    return _Softmax(p, dz_ds, at_max, valid, inverse(denominator)[..., None])
+    Operands are widened first, so that no cotangent on the way is narrower. Queries of empty
+    windows, and positions outside of every window, are zeroed first: JAX's rules multiply them
+    by cotangents of 0, which would not remove a NaN.
+    """
+    query, key, value, lengths, starts = operands
+    wide = statistics_dtype(query.dtype)
+    valid = window_mask(lengths, starts, key.shape[1])
+    attends = valid.any(axis=-1)[:, :, None, None]
+    results = forward(
+        Operands(
+            jnp.where(attends, query.astype(wide), 0),
+            zero_outside(key, valid).astype(wide),
+            zero_outside(value, valid).astype(wide),
+            lengths,
+            starts,
+        ),
+        params.with_unrounded_out(query.dtype),
+    )
+    return results._replace(out=results.out.astype(params.result_dtype(query.dtype)))
 
 
 def jvp(
@@ -135,18 +187,21 @@ def jvp(
 ) -> ByResult[jax.Array]:
     """Tangents of (out, max_logits, denominator) for tangents of (query, key, value).
 
-    A None among the tangents is a zero. With a dot for a tangent:
+    A None among the tangents is a zero. With a mean over the window weighted by p_t / l:
 
-        s_t. = scale (<q., k_t> + <q, k_t.>)       z_t. = (1 - tanh(s_t / cap)^2) s_t.
-        m.   = z_t*.                               l.   = sum p_t z_t. - l m.
-        o.   = sum p_t z_t. v_t / l - (sum p_t z_t. / l) o + sum p_t v_t. / l
+        s_dot_t = scale (<q_dot, k_t> + <q, k_dot_t>)
+        z_dot_t = (1 - tanh(s_t / cap)^2) s_dot_t
+        m_dot   = z_dot_t*
+        l_dot   = sum p_t (z_dot_t - m_dot)
+        o_dot   = sum p_t / l (z_dot_t - mean z_dot) v_t + sum p_t / l v_dot_t
+
+    The mean is subtracted before the products with v_t, which would otherwise cancel.
     """
-    query, key, value, lengths, starts, out, max_logits, denominator = residuals
+    query, key, value, lengths, starts, *_ = residuals
     S, Hkv = key.shape[1:3]
     valid = window_mask(lengths, starts, S)
     q, k, v = _group(query, Hkv), zero_outside(key, valid), zero_outside(value, valid)
-    o, m, denominator = (_group(x, Hkv) for x in (out, max_logits, denominator))
-    softmax = _softmax(q, k, valid, m, denominator, params)
+    softmax = _softmax(q, k, valid, params)
     q_dot, k_dot, v_dot = tangents
     z_dot = jnp.zeros_like(softmax.p)
     if q_dot is not None:
@@ -155,17 +210,17 @@ def jvp(
         z_dot += _scaled_dot(q, zero_outside(k_dot, valid), params)
     if softmax.dz_ds is not None:
         z_dot *= softmax.dz_ds
-    pz_dot = softmax.p * z_dot
     m_dot = jnp.where(softmax.at_max, z_dot, 0).sum(axis=-1)
-    pz_dot_sum = pz_dot.sum(axis=-1)
-    l_dot = pz_dot_sum - denominator * m_dot
-    o_dot = _dot("bqhgs,bshe->bqhge", pz_dot * softmax.inverse, v)
-    o_dot -= (pz_dot_sum[..., None] * softmax.inverse) * o.astype(o_dot.dtype)
+    l_dot = softmax.weighted(z_dot - m_dot[..., None]).sum(axis=-1)
+    mean = softmax.weighted(z_dot).sum(axis=-1, keepdims=True) * softmax.inverse
+    p_dot = softmax.weighted(z_dot - mean) * softmax.inverse
+    o_dot = _dot("bqhgs,bshe->bqhge", p_dot, v)
     if v_dot is not None:
         v_dot = zero_outside(v_dot, valid)
         o_dot += _dot("bqhgs,bshe->bqhge", softmax.p * softmax.inverse, v_dot)
     o_dot = o_dot.astype(params.result_dtype(query.dtype))
-    return ByResult(_ungroup(o_dot), _ungroup(m_dot), _ungroup(l_dot))
+    dots = ByResult(o_dot, m_dot, l_dot)
+    return ByResult(*(_ungroup(softmax.kept(x)) for x in dots))
 
 
 def vjp(
@@ -176,34 +231,39 @@ def vjp(
 ) -> ByOperand[jax.Array | None]:
     """Cotangents of those of (query, key, value) that wrt asks for: the transpose of jvp.
 
-    A None among the cotangents (o', m', l') of (out, max_logits, denominator) is a zero:
+    A None among the cotangents of (out, max_logits, denominator) is a zero. With a mean over the
+    window weighted by p_t / l, and p_bar_t = <o_bar, v_t>:
 
-        z_t' = p_t (<o', v_t> - <o', o>) / l + l' p_t + (m' - l' l) [t = t*]
-        s_t' = (1 - tanh(s_t / cap)^2) z_t'
-        q' = scale sum_t s_t' k_t      k_t' = scale sum s_t' q      v_t' = sum p_t o' / l
+        z_bar_t = p_t / l (p_bar_t - mean p_bar) + l_bar p_t + (m_bar - l_bar l) [t = t*]
+        s_bar_t = (1 - tanh(s_t / cap)^2) z_bar_t
+        q_bar   = scale sum_t s_bar_t k_t
+        k_bar_t = scale sum s_bar_t q
+        v_bar_t = sum p_t / l o_bar
 
-    The last two sums run over the queries and the heads that share k_t and v_t.
+    The last two sums run over the queries and the heads that share k_t and v_t. The mean is
+    <o_bar, o>. Taken from the same products as p_bar_t, it makes the first term sum to 0 over the
+    window, so that a part that all keys have in common cancels in q_bar.
     """
-    query, key, value, lengths, starts, out, max_logits, denominator = residuals
+    query, key, value, lengths, starts, *_ = residuals
     S, Hkv = key.shape[1:3]
     valid = window_mask(lengths, starts, S)
     q, k, v = _group(query, Hkv), zero_outside(key, valid), zero_outside(value, valid)
-    o, m, denominator = (_group(x, Hkv) for x in (out, max_logits, denominator))
-    softmax = _softmax(q, k, valid, m, denominator, params)
-    o_bar, m_bar, l_bar = (None if x is None else _group(x, Hkv) for x in cotangents)
+    softmax = _softmax(q, k, valid, params)
+    q = softmax.kept(q)
+    o_bar, m_bar, l_bar = (None if x is None else softmax.kept(_group(x, Hkv)) for x in cotangents)
     z_bar = jnp.zeros_like(softmax.p)
     v_bar = None
     if o_bar is not None:
-        wide = z_bar.dtype
-        delta = (o_bar.astype(wide) * o.astype(wide)).sum(axis=-1, keepdims=True)
-        p_normal = softmax.p * softmax.inverse
-        z_bar += p_normal * (_dot("bqhge,bshe->bqhgs", o_bar, v) - delta)
+        p_bar = _dot("bqhge,bshe->bqhgs", o_bar, v)
+        mean = softmax.weighted(p_bar).sum(axis=-1, keepdims=True) * softmax.inverse
+        z_bar += softmax.weighted(p_bar - mean) * softmax.inverse
         if wrt.value is not None:
+            p_normal = softmax.p * softmax.inverse
             v_bar = _dot("bqhgs,bqhge->bshe", p_normal, o_bar).astype(wrt.value)
-    at_max_bar = jnp.zeros_like(m)
+    at_max_bar = jnp.zeros_like(softmax.m)
     if l_bar is not None:
         z_bar += l_bar[..., None] * softmax.p
-        at_max_bar -= l_bar * denominator
+        at_max_bar -= l_bar * softmax.denominator
     if m_bar is not None:
         at_max_bar += m_bar
     if l_bar is not None or m_bar is not None:
@@ -213,7 +273,8 @@ def vjp(
         s_bar *= softmax.dz_ds
     q_bar = k_bar = None
     if wrt.query is not None:
-        q_bar = _ungroup(_dot("bqhgs,bshd->bqhgd", s_bar, k).astype(wrt.query))
+        q_bar = softmax.kept(_dot("bqhgs,bshd->bqhgd", s_bar, k))
+        q_bar = _ungroup(q_bar.astype(wrt.query))
     if wrt.key is not None:
         k_bar = _dot("bqhgs,bqhgd->bshd", s_bar, q).astype(wrt.key)
     if wrt.value is not None and v_bar is None:
