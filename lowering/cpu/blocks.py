@@ -88,7 +88,8 @@ class Windows(NamedTuple):
         empty = lo >= hi
         start = jnp.where(empty, S, lo).min(axis=1)
         end = jnp.where(empty, 0, hi).max(axis=1)
-        count = lax.div(jnp.maximum(end - start, 0) + (T - 1), jnp.int32(T))
+        span, step = jnp.maximum(end - start, 0), jnp.int32(T)
+        count = lax.div(span, step) + (lax.rem(span, step) > 0).astype(jnp.int32)
         return cls(lo, hi, start, count, T, S)
 
     def fold(
@@ -120,7 +121,7 @@ class Windows(NamedTuple):
         start = jnp.minimum(at, self.S - self.T)
         position = start + lax.iota(jnp.int32, self.T)
         lo, hi = self.lo[b][:, None], self.hi[b][:, None]
-        inside = (position >= jnp.maximum(lo, at)) & (position < hi)
+        inside = (position[None] >= jnp.maximum(lo, at)) & (position[None] < hi)
         used = inside.any(axis=0)
         Q = inside.shape[0]
         if Q > 1:
@@ -147,7 +148,7 @@ def _block_size(
 
 def take(x: jax.Array, block: Block) -> jax.Array:
     """A block of a cache [B, S, Hkv, D], widened and by head, [Hkv, T, D]; 0 where not used."""
-    by_head = jnp.where(block.used[:, None], _slice(x, block).transpose(1, 0, 2), 0)
+    by_head = jnp.where(block.used[None, :, None], _slice(x, block).transpose(1, 0, 2), 0)
     # Without the barrier, XLA before 0.11 leaves the heads interleaved, and a dot takes thrice as
     # long; with it, XLA since then writes the block twice.
     return by_head if CPU_THREADS_DOTS else lax.optimization_barrier(by_head)
@@ -254,10 +255,33 @@ def along_rows(x: jax.Array, y: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, (x[:, r].T[..., None] * y[:, r] for r in range(R)))
 
 
-def soft_cap(s: jax.Array, params: RaggedAttentionParams) -> jax.Array:
-    """From s = scale <q, k> to z."""
-    cap = params.logits_soft_cap
-    return s if cap is None else cap * jnp.tanh(s / cap)
+def scaled_query(query: jax.Array, Hkv: int, params: RaggedAttentionParams) -> jax.Array:
+    """Query [B, Q, Hq, D], widened and times softmax_scale, by key head: [B, Hkv, Q * G, D]."""
+    wide = statistics_dtype(query.dtype)
+    return by_key_head(query.astype(wide) * jnp.asarray(params.softmax_scale, wide), Hkv)
+
+
+def logits(
+    q: jax.Array, k: jax.Array, at: Block, params: RaggedAttentionParams
+) -> tuple[jax.Array, jax.Array | float]:
+    """A block's logits z, -inf outside of the windows, and dz / ds.
+
+    All passes take logits from here, with one order of operations. The weights that a derivative
+    makes of them and of the forward's statistics then sum to 1: a logit of 1e4 has a unit in the
+    last place of 1e-3, so another order would move a weight by that much.
+
+    Args:
+      q: [Hkv, R, D], as scaled_query gives it.
+      k: [Hkv, T, D], the block's keys.
+      at: the block.
+      params: the static parameters.
+
+    Returns:
+      z [Hkv, R, T], and its slope in the same shape, or 1.0 without a soft cap.
+    """
+    s, cap = along_features(q, k), params.logits_soft_cap
+    z = s if cap is None else cap * jnp.tanh(s / cap)
+    return jnp.where(at.inside[None], z, -jnp.inf), soft_cap_slope(z, params)
 
 
 def soft_cap_slope(z: jax.Array, params: RaggedAttentionParams) -> jax.Array | float:

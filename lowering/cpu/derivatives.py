@@ -1,8 +1,23 @@
-"""The derivatives, in one more run through the blocks of each row: terms as in the reference.
+"""The derivatives, in one more run through the blocks of each row.
 
-What hangs on the maximum alone, attained at t*, is left out of the run. The run finds t*, the
-first position at which the logits that it recomputes are largest; its terms, one position for
-each query and head, are added afterwards.
+The run takes m, l and o from the residuals, and p_t = exp(z_t - m) from logits z_t that it computes
+as the forward does. The terms are those of `lowering/reference.py`, in another order:
+
+    o_dot   = (sum p_t z_dot_t v_t + sum p_t v_dot_t - o sum p_t z_dot_t) / l
+    z_bar_t = p_t (<o_bar / l, v_t> + shift) + at_max [t = t*]
+    shift   = l_bar - <o_bar, o> / l        at_max = m_bar - l_bar l
+
+Queries are scaled before the products, in the derivatives as in the forward. With q = scale query,
+
+    z_dot_t   = slope_t (<scale query_dot, k_t> + <q, k_dot_t>)
+    query_bar = scale sum_t slope_t z_bar_t k_t        k_bar_t = sum slope_t z_bar_t q
+
+The two parts of o_dot, and those of z_bar_t, cancel where the keys are much alike. They do so to
+the rounding of float32, since o is not rounded in the residuals.
+
+The terms that need t*, the position of the maximum, are left out of the run. The run finds t*, the
+first position at which the logits that it computes are largest; its terms, one position for each
+query and head, are added afterwards.
 """
 
 from typing import Any, NamedTuple
@@ -21,10 +36,11 @@ from jax_ragged.lowering.cpu.blocks import (
     along_rows,
     by_key_head,
     by_query,
+    logits,
     pick,
     put,
     put_block,
-    soft_cap,
+    scaled_query,
     soft_cap_slope,
     take,
     varying_like,
@@ -32,10 +48,8 @@ from jax_ragged.lowering.cpu.blocks import (
     zero_cache,
 )
 from jax_ragged.lowering.cpu.forward import is_dense
-from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
+from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import inverse
-
-_Rows = dict[str, jax.Array]
 
 
 class _Maximum(NamedTuple):
@@ -56,45 +70,89 @@ class _Maximum(NamedTuple):
         """With a block's logits [Hkv, R, T], -inf outside of the windows."""
         highest = z.max(axis=2)
         last = jnp.iinfo(jnp.int32).max
-        t = jnp.where(z == highest[..., None], at.position, last).min(axis=2)
+        t = jnp.where(z == highest[..., None], at.position[None, None], last).min(axis=2)
         newer = highest >= self.z
         return _Maximum(jnp.where(newer, highest, self.z), jnp.where(newer, t, self.t))
 
     def gather(self, x: jax.Array) -> jax.Array:
         """x [B, S, Hkv, D] at t*, widened, [B, Hkv, R, D]; 0 where there is none."""
-        b, h = (lax.broadcasted_iota(jnp.int32, self.t.shape, i) for i in (0, 1))
-        at_max = x.at[b, self.t, h].get(mode="promise_in_bounds").astype(self.z.dtype)
+        at_max = x.at[self.index].get(mode="promise_in_bounds").astype(self.z.dtype)
         return jnp.where(self.exists[..., None], at_max, 0)
+
+    @property
+    def index(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Where t* lies in a cache: row, position and head, [B, Hkv, R] each."""
+        b, h = (lax.broadcasted_iota(jnp.int32, self.t.shape, i) for i in (0, 1))
+        return b, self.t, h
 
     @property
     def exists(self) -> jax.Array:
         return self.z > -jnp.inf
 
-
-def _rows(residuals: Residuals) -> _Rows:
-    """The residuals by key head, wide: q, o [B, Hkv, R, ...]; m, 1 / l, l [B, Hkv, R]."""
-    query, key, _, _, _, *results = residuals
-    wide = statistics_dtype(query.dtype)
-    q, o, m, l_ = (by_key_head(x.astype(wide), key.shape[2]) for x in (query, *results))
-    return {"q": q, "o": o, "m": m, "inverse": inverse(l_), "denominator": l_}
+    def slope(self, params: RaggedAttentionParams) -> jax.Array | float:
+        """dz / ds at the maximum."""
+        return soft_cap_slope(jnp.where(self.exists, self.z, 0), params)
 
 
-def _logits(
-    row: _Rows, k: jax.Array, at: Block, params: RaggedAttentionParams
-) -> tuple[jax.Array, jax.Array, jax.Array | float]:
-    """A block's z, -inf outside of the windows, p and dz / ds, [Hkv, R, T]."""
-    z = soft_cap(params.softmax_scale * along_features(row["q"], k), params)
-    slope = soft_cap_slope(z, params)
-    z = jnp.where(at.inside, z, -jnp.inf)
-    return z, jnp.exp(z - row["m"][..., None]), slope
+class _Rows(NamedTuple):
+    """The queries and the residuals by key head, widened: R = Q * G of them for each.
+
+    Where the window is empty, all is such that its weights and its terms are 0.
+
+    Attributes:
+      q: [B, Hkv, R, D], scaled; 0 for an empty window.
+      m: [B, Hkv, R], the maximum; infinity for an empty window.
+      o: [B, Hkv, R, Dv], the output.
+      denominator: [B, Hkv, R], l.
+      inverse: [B, Hkv, R], 1 / l; 0 for an empty window.
+      nonempty: bool [B, Hkv, R].
+    """
+
+    q: jax.Array
+    m: jax.Array
+    o: jax.Array
+    denominator: jax.Array
+    inverse: jax.Array
+    nonempty: jax.Array
+
+    @classmethod
+    def of(cls, residuals: Residuals, params: RaggedAttentionParams) -> "_Rows":
+        query, key, _, _, _, *results = residuals
+        q = scaled_query(query, key.shape[2], params)
+        o, m, denominator = (by_key_head(x.astype(q.dtype), key.shape[2]) for x in results)
+        nonempty = denominator != 0
+        q = jnp.where(nonempty[..., None], q, 0)
+        m = jnp.where(nonempty, m, jnp.inf)
+        return cls(q, m, o, denominator, inverse(denominator), nonempty)
+
+    def kept(self, x: jax.Array) -> jax.Array:
+        """x [B, Hkv, R, ...], but 0 for an empty window, whatever x holds there."""
+        nonempty = self.nonempty.reshape(*self.nonempty.shape, *[1] * (x.ndim - 3))
+        return jnp.where(nonempty, x, 0)
 
 
-def _slope_at(maximum: _Maximum, params: RaggedAttentionParams) -> jax.Array | float:
-    return soft_cap_slope(jnp.where(maximum.exists, maximum.z, 0), params)
+class _Tangents(NamedTuple):
+    """The arrays of one row that the run of jvp reads.
+
+    Attributes:
+      q: [Hkv, R, D], scaled.
+      m: [Hkv, R].
+      q_dot: [Hkv, R, D], scaled, or None for a zero.
+    """
+
+    q: jax.Array
+    m: jax.Array
+    q_dot: jax.Array | None
 
 
 class _Moments(NamedTuple):
-    """Sums over a window: of p z., of p z. v + p v.; and the maximum."""
+    """The sums of the run of jvp, [Hkv, R, ...] of a row or [B, Hkv, R, ...] of all.
+
+    Attributes:
+      pz_dot: [..., R], the sum of p z_dot.
+      weighted: [..., R, Dv], the sum of p z_dot v + p v_dot.
+      maximum: [..., R].
+    """
 
     pz_dot: jax.Array
     weighted: jax.Array
@@ -111,26 +169,27 @@ def jvp(
     if is_dense(query, key, value, params):
         return reference.jvp(residuals, tangents, params)
     Q, Hkv = lengths.shape[1], key.shape[2]
-    rows = _rows(residuals)
-    q_dot, k_dot, v_dot = tangents
-    if q_dot is not None:
-        rows["q_dot"] = by_key_head(q_dot.astype(rows["q"].dtype), Hkv)
-    B, _, R, Dv = rows["o"].shape
+    rows = _Rows.of(residuals, params)
+    _, k_dot, v_dot = tangents
+    q_dot = None if tangents.query is None else scaled_query(tangents.query, Hkv, params)
+    all_tangents = _Tangents(rows.q, rows.m, q_dot)
+    B, _, R, Dv = rows.o.shape
 
     def moments(*leading: int) -> _Moments:
-        zeros = varying_like(rows["q"], jnp.zeros((*leading, R, Dv), rows["q"].dtype))
-        return _Moments(zeros[..., 0], zeros, _Maximum.none(rows["q"], (*leading, R)))
+        zeros = varying_like(rows.q, jnp.zeros((*leading, R, Dv), rows.q.dtype))
+        return _Moments(zeros[..., 0], zeros, _Maximum.none(rows.q, (*leading, R)))
 
-    def block(at: Block, state: tuple[_Rows, _Moments]) -> tuple[_Rows, _Moments]:
+    def block(at: Block, state: tuple[_Tangents, _Moments]) -> tuple[_Tangents, _Moments]:
         row, sums = state
         k, v = take(key, at), take(value, at)
-        z, p, slope = _logits(row, k, at, params)
+        z, slope = logits(row.q, k, at, params)
+        p = jnp.exp(z - row.m[..., None])
         s_dot = jnp.zeros_like(z)
-        if q_dot is not None:
-            s_dot += along_features(row["q_dot"], k)
+        if row.q_dot is not None:
+            s_dot += along_features(row.q_dot, k)
         if k_dot is not None:
-            s_dot += along_features(row["q"], take(k_dot, at))
-        pz_dot = p * (s_dot * (params.softmax_scale * slope))
+            s_dot += along_features(row.q, take(k_dot, at))
+        pz_dot = p * (s_dot * slope)
         weighted = along_positions(pz_dot, v)
         if v_dot is not None:
             weighted += along_positions(p, take(v_dot, at))
@@ -140,28 +199,47 @@ def jvp(
     sums = Windows.of(query, key, value, lengths, starts, params).fold(
         moments(B, Hkv),
         R // Q,
-        lambda b, _: (_row(rows, b), moments(Hkv)),
+        lambda b, _: (jax.tree.map(lambda x: pick(x, b), all_tangents), moments(Hkv)),
         block,
         lambda b, all_sums, state: jax.tree.map(lambda x, y: put(x, y, b), all_sums, state[1]),
     )
     s_dot = jnp.zeros_like(sums.pz_dot)
     if q_dot is not None:
-        s_dot += (rows["q_dot"] * sums.maximum.gather(key)).sum(axis=3)
+        s_dot += (q_dot * sums.maximum.gather(key)).sum(axis=3)
     if k_dot is not None:
-        s_dot += (rows["q"] * sums.maximum.gather(k_dot)).sum(axis=3)
-    m_dot = s_dot * (params.softmax_scale * _slope_at(sums.maximum, params))
-    l_dot = sums.pz_dot - rows["denominator"] * m_dot
-    o_dot = (sums.weighted - sums.pz_dot[..., None] * rows["o"]) * rows["inverse"][..., None]
-    o_dot = o_dot.astype(params.result_dtype(query.dtype))
-    return ByResult(by_query(o_dot, Q), by_query(m_dot, Q), by_query(l_dot, Q))
+        s_dot += (rows.q * sums.maximum.gather(k_dot)).sum(axis=3)
+    m_dot = s_dot * sums.maximum.slope(params)
+    l_dot = sums.pz_dot - rows.denominator * m_dot
+    o_dot = (sums.weighted - sums.pz_dot[..., None] * rows.o) * rows.inverse[..., None]
+    o_dot, m_dot, l_dot = (by_query(rows.kept(x), Q) for x in (o_dot, m_dot, l_dot))
+    return ByResult(o_dot.astype(params.result_dtype(query.dtype)), m_dot, l_dot)
 
 
-def _row(rows: _Rows, b: jax.Array) -> _Rows:
-    return {name: pick(x, b) for name, x in rows.items()}
+class _Cotangents(NamedTuple):
+    """The arrays of one row that the run of vjp reads: [Hkv, R, ...]; of all, [B, Hkv, R, ...].
+
+    Attributes:
+      q: [..., R, D], scaled.
+      m: [..., R].
+      o_bar: [..., R, Dv], o_bar / l, or None for a zero.
+      shift: [..., R], l_bar - <o_bar, o> / l.
+    """
+
+    q: jax.Array
+    m: jax.Array
+    o_bar: jax.Array | None
+    shift: jax.Array
 
 
 class _Gradients(NamedTuple):
-    """Cotangents so far, those that are asked for, and the maximum, if it is."""
+    """The gradients so far, None for those that are not asked for; likewise the maximum.
+
+    Attributes:
+      q: [Hkv, R, D] of a row or [B, Hkv, R, D] of all, wide, and not yet scaled.
+      k: a zero_cache [B, S, Hkv, D].
+      v: a zero_cache [B, S, Hkv, Dv].
+      maximum: [Hkv, R] of a row or [B, Hkv, R] of all.
+    """
 
     q: jax.Array | None
     k: jax.Array | None
@@ -176,94 +254,94 @@ def vjp(
     params: RaggedAttentionParams,
 ) -> ByOperand[jax.Array | None]:
     """Cotangents of those of (query, key, value) that wrt asks for: the transpose of jvp."""
-    query, key, value, lengths, starts, *_ = residuals
+    query, key, value, *_ = residuals
     if is_dense(query, key, value, params):
         return reference.vjp(residuals, cotangents, wrt, params)
-    Q, Hkv = lengths.shape[1], key.shape[2]
-    rows = _rows(residuals)
-    _add_cotangents(rows, cotangents, Hkv)
-    at_max = cotangents[1] is not None or cotangents[2] is not None
-    windows = Windows.of(query, key, value, lengths, starts, params)
-    grads = _run_vjp(rows, key, value, windows, wrt, at_max, params, Q)
+    rows = _Rows.of(residuals, params)
+    o_bar, m_bar, l_bar = (
+        None if x is None else rows.kept(by_key_head(x.astype(rows.q.dtype), key.shape[2]))
+        for x in cotangents
+    )
+    shift, at_max = jnp.zeros_like(rows.m), jnp.zeros_like(rows.m)
+    if o_bar is not None:
+        o_bar *= rows.inverse[..., None]
+        shift -= (o_bar * rows.o).sum(axis=3)
+    if l_bar is not None:
+        shift += l_bar
+        at_max -= l_bar * rows.denominator
+    if m_bar is not None:
+        at_max += m_bar
+    maximum_asked = l_bar is not None or m_bar is not None
+    # The terms at t* are added to the others before these are rounded: many queries may have
+    # their maximum at one position.
+    wide_key = rows.q.dtype if maximum_asked and wrt.key is not None else wrt.key
+    grads = _run_vjp(
+        residuals,
+        _Cotangents(rows.q, rows.m, o_bar, shift),
+        wrt._replace(key=wide_key),
+        maximum_asked,
+        params,
+    )
     q_bar, k_bar = grads.q, grads.k
     if grads.maximum is not None:
         maximum = grads.maximum
-        s_bar = rows["at_max"] * (params.softmax_scale * _slope_at(maximum, params))
-        s_bar = jnp.where(maximum.exists, s_bar, 0)[..., None]
+        s_bar = jnp.where(maximum.exists, at_max * maximum.slope(params), 0)[..., None]
         if q_bar is not None:
             q_bar += s_bar * maximum.gather(key)
         if k_bar is not None:
-            b, h = (lax.broadcasted_iota(jnp.int32, maximum.t.shape, i) for i in (0, 1))
-            k_bar = k_bar.at[b, maximum.t, h].add((s_bar * rows["q"]).astype(k_bar.dtype))
+            k_bar = k_bar.at[maximum.index].add(s_bar * rows.q, mode="promise_in_bounds")
     if q_bar is not None:
-        q_bar = by_query(q_bar.astype(wrt.query), Q)
+        q_bar = rows.kept(q_bar * jnp.asarray(params.softmax_scale, q_bar.dtype))
+        q_bar = by_query(q_bar.astype(wrt.query), query.shape[1])
+    if k_bar is not None:
+        k_bar = k_bar.astype(wrt.key)
     return ByOperand(q_bar, k_bar, grads.v)
 
 
-def _add_cotangents(rows: _Rows, cotangents: ByResult[jax.Array | None], Hkv: int) -> None:
-    """Adds what the cotangents (o', m', l') make of a row, each only if it is there.
-
-    z_t' = p_t (<o' / l, v_t> + shift) and at t* besides at_max, with shift = l' - <o', o> / l
-    and at_max = m' - l' l.
-    """
-    wide = rows["q"].dtype
-    o_bar, m_bar, l_bar = (
-        None if x is None else by_key_head(x.astype(wide), Hkv) for x in cotangents
-    )
-    shift, at_max = jnp.zeros_like(rows["m"]), jnp.zeros_like(rows["m"])
-    if o_bar is not None:
-        rows["o_bar"] = o_bar * rows["inverse"][..., None]
-        shift -= (rows["o_bar"] * rows["o"]).sum(axis=3)
-    if l_bar is not None:
-        shift += l_bar
-        at_max -= l_bar * rows["denominator"]
-    if m_bar is not None:
-        at_max += m_bar
-    rows["shift"], rows["at_max"] = shift, at_max
-
-
 def _run_vjp(
-    rows: _Rows,
-    key: jax.Array,
-    value: jax.Array,
-    windows: Windows,
+    residuals: Residuals,
+    cotangents: _Cotangents,
     wrt: ByOperand[Any],
-    at_max: bool,
+    maximum_asked: bool,
     params: RaggedAttentionParams,
-    Q: int,
 ) -> _Gradients:
-    """The gradients but for the terms at t*, q's [B, Hkv, R, D] and wide."""
-    q = rows["q"]
+    """The gradients but for the terms at t*; those of the cache in the dtypes that wrt names."""
+    query, key, value, lengths, starts, *_ = residuals
+    q = cotangents.q
     B, Hkv, R, D = q.shape
 
     def begin(*leading: int) -> tuple[jax.Array | None, _Maximum | None]:
         zeros = varying_like(q, jnp.zeros((*leading, R, D), q.dtype))
         maximum = _Maximum.none(q, (*leading, R))
-        return (None if wrt.query is None else zeros), (maximum if at_max else None)
+        return (None if wrt.query is None else zeros), (maximum if maximum_asked else None)
 
-    def begin_row(b: jax.Array, grads: _Gradients) -> tuple[_Rows, _Gradients]:
+    def begin_row(b: jax.Array, grads: _Gradients) -> tuple[_Cotangents, _Gradients]:
         q_bar, maximum = begin(Hkv)
-        return _row(rows, b), grads._replace(q=q_bar, maximum=maximum)
+        row = jax.tree.map(lambda x: pick(x, b), cotangents)
+        return row, grads._replace(q=q_bar, maximum=maximum)
 
-    def block(at: Block, state: tuple[_Rows, _Gradients]) -> tuple[_Rows, _Gradients]:
+    def block(at: Block, state: tuple[_Cotangents, _Gradients]) -> tuple[_Cotangents, _Gradients]:
         row, grads = state
         k = take(key, at)
-        z, p, slope = _logits(row, k, at, params)
-        z_bar = row["shift"][..., None]
-        if "o_bar" in row and (wrt.query is not None or wrt.key is not None):
-            z_bar = z_bar + along_features(row["o_bar"], take(value, at))
-        s_bar = p * z_bar * (params.softmax_scale * slope)
+        z, slope = logits(row.q, k, at, params)
+        p = jnp.exp(z - row.m[..., None])
+        z_bar = row.shift[..., None]
+        if row.o_bar is not None and (wrt.query is not None or wrt.key is not None):
+            z_bar = z_bar + along_features(row.o_bar, take(value, at))
+        s_bar = p * z_bar * slope
         if grads.q is not None:
             grads = grads._replace(q=grads.q + along_positions(s_bar, k))
         if grads.k is not None:
-            grads = grads._replace(k=put_block(grads.k, at, along_rows(s_bar, row["q"])))
-        if grads.v is not None and "o_bar" in row:
-            grads = grads._replace(v=put_block(grads.v, at, along_rows(p, row["o_bar"])))
+            grads = grads._replace(k=put_block(grads.k, at, along_rows(s_bar, row.q)))
+        if grads.v is not None and row.o_bar is not None:
+            grads = grads._replace(v=put_block(grads.v, at, along_rows(p, row.o_bar)))
         if grads.maximum is not None:
             grads = grads._replace(maximum=grads.maximum.of(z, at))
         return row, grads
 
-    def end_row(b: jax.Array, grads: _Gradients, state: tuple[_Rows, _Gradients]) -> _Gradients:
+    def end_row(
+        b: jax.Array, grads: _Gradients, state: tuple[_Cotangents, _Gradients]
+    ) -> _Gradients:
         done = state[1]
         q_bar, maximum = jax.tree.map(
             lambda x, y: put(x, y, b), (grads.q, grads.maximum), (done.q, done.maximum)
@@ -273,10 +351,11 @@ def _run_vjp(
     q_bar, maximum = begin(B, Hkv)
     k_bar, v_bar = (
         None if dtype is None else varying_like(q, zero_cache(x.shape, dtype, tie))
-        for x, tie, dtype in zip((key, value), (q, rows["m"]), wrt[1:], strict=True)
+        for x, tie, dtype in zip((key, value), (q, cotangents.m), wrt[1:], strict=True)
     )
     initial = _Gradients(q_bar, k_bar, v_bar, maximum)
-    grads = windows.fold(initial, R // Q, begin_row, block, end_row)
+    windows = Windows.of(query, key, value, lengths, starts, params)
+    grads = windows.fold(initial, R // lengths.shape[1], begin_row, block, end_row)
     return grads._replace(
         k=None if grads.k is None else written_cache(grads.k, wrt.key),
         v=None if grads.v is None else written_cache(grads.v, wrt.value),

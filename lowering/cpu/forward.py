@@ -4,7 +4,9 @@ With z_t the logits of one query and head and t running over what has been read,
 
     m = max z_t        l = sum exp(z_t - m)        a = sum exp(z_t - m) v_t
 
-and a block with maximum m' brings all three from m to max(m, m') by a factor exp(m - max(m, m')).
+and a block with maximum n brings all three from m to max(m, n) by a factor exp(m - max(m, n)).
+
+A window whose logits are all -inf adds nothing to l, so that it ends as an empty one does.
 """
 
 import jax
@@ -15,13 +17,12 @@ from jax_ragged.lowering.contract import ByResult, Operands
 from jax_ragged.lowering.cpu.blocks import (
     Block,
     Windows,
-    along_features,
     along_positions,
-    by_key_head,
     by_query,
+    logits,
     pick,
     put,
-    soft_cap,
+    scaled_query,
     take,
     varying_like,
 )
@@ -51,10 +52,12 @@ def forward(operands: Operands, params: RaggedAttentionParams) -> ByResult[jax.A
     Q = lengths.shape[1]
     windows = Windows.of(query, key, value, lengths, starts, params)
     wide = statistics_dtype(query.dtype)
-    q = by_key_head(query.astype(wide) * jnp.asarray(params.softmax_scale, wide), key.shape[2])
+    q = scaled_query(query, key.shape[2], params)
     highest, total, weighted = _stream(q, key, value, windows, Q, params)
-    out = weighted * inverse(total)[..., None]
-    highest = jnp.where(total == 0, jnp.asarray(params.mask_value, wide), highest)
+    empty = total == 0
+    # An empty window may share its row with one that holds a NaN, and 0 * NaN is NaN.
+    out = jnp.where(empty[..., None], 0, weighted * inverse(total)[..., None])
+    highest = jnp.where(empty, jnp.asarray(params.mask_value, wide), highest)
     out = out.astype(params.result_dtype(query.dtype))
     return ByResult(by_query(out, Q), by_query(highest, Q), by_query(total, Q))
 
@@ -77,8 +80,7 @@ def _stream(
 
     def block(at: Block, state: tuple[jax.Array, Arrays3]) -> tuple[jax.Array, Arrays3]:
         q_row, (highest, total, weighted) = state
-        z = soft_cap(along_features(q_row, take(key, at)), params)
-        z = jnp.where(at.inside, z, -jnp.inf)
+        z, _ = logits(q_row, take(key, at), at, params)
         new = jnp.maximum(highest, z.max(axis=2))
         p = jnp.exp(z - new[..., None])
         factor = jnp.exp(highest - new)
