@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,9 @@ class _Parts:
         return jnp.broadcast_to(lax.axis_index(self.axis), x.shape)
 
 
-# m = max of the parts' m_p that are not empty, or mask_value, which all have, if all are empty.
-# m. is m_p. of the first p that attains the maximum, as it is of the first such position within
-# a part.
+# m is the maximum of m_p over the parts p that are not empty, or mask_value, which all have, if all
+# are empty. m_dot is m_dot_p of the first p that attains the maximum, as within one part it is of
+# the first such position.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _joint_max(parts: _Parts, max_logits: jax.Array, denominator: jax.Array) -> jax.Array:
     nonempty = jnp.where(denominator > 0, max_logits, -jnp.inf)
@@ -117,9 +118,45 @@ def _merge(parts: RaggedAttention, over: _Parts) -> RaggedAttention:
     return RaggedAttention(merged.astype(out.dtype), m, total)
 
 
+def _results(parts: Sequence[Any]) -> list[RaggedAttention]:
+    """The results of ragged_attention among the arguments, each checked to be one."""
+    results = []
+    for x in parts:
+        if not isinstance(x, tuple | list) or len(x) != 3 or not all(map(_is_array, x)):
+            raise TypeError(
+                "merge_partials: each of parts must be (out, max_logits, denominator), as "
+                f"ragged_attention returns them; got {_describe(x)}. Pass several results as "
+                "merge_partials(a, b), or one stacked result and its axis as "
+                "merge_partials(stacked, axis=0)."
+            )
+        results.append(RaggedAttention(*map(jnp.asarray, x)))
+    return results
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _describe(x: Any) -> str:
+    what = f" of {len(x)} items" if isinstance(x, tuple | list) else ""
+    return f"{type(x).__name__}{what}"
+
+
+def _stacked(results: Sequence[RaggedAttention]) -> RaggedAttention:
+    """Several results of one shape and dtype, stacked along a new first axis."""
+    for name, arrays in zip(RaggedAttention._fields, zip(*results, strict=True), strict=True):
+        types = dict.fromkeys(f"{x.dtype}{list(x.shape)}" for x in arrays)
+        if len(types) > 1:
+            raise ValueError(
+                f"merge_partials: {name} must have one shape and dtype in all parts; "
+                f"got {' and '.join(types)}. Give all parts the same rows, queries and out_dtype."
+            )
+    return RaggedAttention(*map(jnp.stack, zip(*results, strict=True)))
+
+
 def merge_partials(
-    parts: Sequence[jax.Array],
-    axis: int | str | tuple[str, ...] = 0,
+    *parts: Sequence[jax.Array],
+    axis: int | str | tuple[str, ...] | None = None,
 ) -> RaggedAttention:
     """Merges attention to the parts of a window into attention to the whole window.
 
@@ -128,33 +165,53 @@ def merge_partials(
     what follows it. Empty parts change no bit of the result; if all are empty, it is that of an
     empty window. It is differentiable through all three, to any order.
 
+        merge_partials(prefix, rest)               # several results, of one shape
+        merge_partials(stacked, axis=0)            # one whose arrays have an axis of parts
+        merge_partials(result, axis="sequence")    # one on each device of a mesh axis
+
+    Call `ragged_attention` with `out_dtype="float32"` for parts of narrow operands: their `out`
+    is then rounded once, after merging.
+
     Args:
-      parts: `(out, max_logits, denominator)` as `ragged_attention` returns them, stacked:
-        out [..., Dv] with max_logits and denominator [...].
-      axis: the axis of max_logits along which the parts are stacked, which the result lacks
-        (negative counts from the end of max_logits, not of out); or the name, or names, of mesh
-        axes inside `jax.shard_map` (of `jax.vmap` and `jax.pmap` too) over which they are spread.
-        The result is then the same on every device.
+      *parts: results of `ragged_attention`, `(out, max_logits, denominator)` with out [..., Dv]
+        and max_logits and denominator [...]. Several have one shape, which is the result's.
+      axis: for one argument: the axis of max_logits along which the parts are stacked, which the
+        result lacks (negative counts from the end of max_logits, not of out); or the name, or
+        names, of mesh axes inside `jax.shard_map` (of `jax.vmap` and `jax.pmap` too) over which
+        the parts are spread. The result is then the same on every device. None for several.
 
     Returns:
       `RaggedAttention(out, max_logits, denominator)` with the dtypes of parts.
 
     Raises:
-      TypeError, ValueError: while tracing, for parts or an axis that are not as said above.
+      TypeError, ValueError: while tracing, for parts or an axis that are not as said above. One
+        argument needs an axis: the first axis of an unstacked result is the batch, which is never
+        merged unasked.
 
-    Over a mesh it takes three all-reduces: two of the size of max_logits and one of that of out,
-    in the dtype of max_logits. The rule is that of the online softmax (Milakov and Gimelshein,
-    2018).
+    Over a mesh it takes three all-reduces: two of the size of max_logits and one of the size of
+    out, in the dtype of max_logits. The rule is that of the online softmax (Milakov and
+    Gimelshein, 2018).
     """
-    if len(parts) != 3:
-        raise ValueError(
-            "merge_partials: parts must be (out, max_logits, denominator), each stacked; "
-            f"got {len(parts)} items. Stack several results with "
-            "jax.tree.map(lambda *x: jnp.stack(x), *results)."
+    results = _results(parts)
+    if len(results) != 1:
+        if not results:
+            raise ValueError("merge_partials: there must be at least one part; got none.")
+        if axis is not None:
+            raise TypeError(
+                "merge_partials: axis must be left out for several results; "
+                f"got {len(results)} results and axis {axis!r}. Merge the results along the axis "
+                "first, then with each other."
+            )
+        results, axis = [_stacked(results)], 0
+    if axis is None:
+        raise TypeError(
+            "merge_partials: axis must be given for one argument; got None for max_logits "
+            f"{results[0].max_logits.shape}. Pass the axis of a stacked result or the name of a "
+            "mesh axis, or several results."
         )
-    parts = RaggedAttention(*map(jnp.asarray, parts))
-    _check(parts)
+    (stacked,) = results
+    _check(stacked)
     if isinstance(axis, str | tuple):
-        return _merge(parts, _Parts((axis,) if isinstance(axis, str) else axis))
-    axis = _array_axis(parts, axis)
-    return RaggedAttention(*(x.squeeze(axis) for x in _merge(parts, _Parts(axis))))
+        return _merge(stacked, _Parts((axis,) if isinstance(axis, str) else axis))
+    axis = _array_axis(stacked, axis)
+    return RaggedAttention(*(x.squeeze(axis) for x in _merge(stacked, _Parts(axis))))

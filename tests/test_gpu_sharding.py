@@ -91,7 +91,7 @@ def test_cache_split_by_sequence() -> None:
     def part(query: Any, key: Any, value: Any, lengths: Any, starts: Any) -> Any:
         first = jax.lax.axis_index("model") * key.shape[1]
         parts = attend(query, key, value, lengths - first, starts - first)
-        return merge_partials(parts, "model")
+        return merge_partials(parts, axis="model")
 
     split = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P())
     assert "all-reduce" in _check(mesh, specs, split)

@@ -38,12 +38,12 @@ def _merged(case: Case, way: str) -> Any:
             op(case)(query, key[:, i : i + T], value[:, i : i + T], lengths - i, starts - i)
             for i in range(0, case.S, T)
         ]
-        return tuple(merge_partials(tuple(map(jnp.stack, zip(*parts, strict=True)))))
+        return tuple(merge_partials(*parts))
 
     def local(query: Any, key: Any, value: Any, lengths: Any, starts: Any) -> Any:
         first = jax.lax.axis_index("model") * key.shape[1]
         parts = op(case)(query, key, value, lengths - first, starts - first)
-        return tuple(merge_partials(parts, "model"))
+        return tuple(merge_partials(parts, axis="model"))
 
     if way == "array":
         return by_array
@@ -114,7 +114,7 @@ def test_empty_parts_change_no_bit(mask_value: float) -> None:
     parts = _parts(np.random.default_rng(0), (3, 4, 2), 8, np.float32)
     for kept in range(3):
         empty = jnp.broadcast_to(jnp.arange(3)[:, None, None] != kept, (3, 4, 2))
-        merged = merge_partials(_with_empty(parts, empty, mask_value))
+        merged = merge_partials(_with_empty(parts, empty, mask_value), axis=0)
         for got, want in zip(merged, parts, strict=True):
             np.testing.assert_array_equal(got, want[kept])
 
@@ -129,7 +129,7 @@ def test_derivatives_with_empty_parts(x64: None, modes: tuple[str, ...]) -> None
     # Steps leave the statistics of empty parts alone.
     def run(out: Any, max_logits: Any, scale: Any) -> Any:
         max_logits = jnp.where(empty, -5.0, max_logits)
-        return merge_partials((out, max_logits, parts.denominator * scale))
+        return merge_partials((out, max_logits, parts.denominator * scale), axis=0)
 
     scale = jnp.ones_like(parts.denominator)
     check_grads(run, (parts.out, parts.max_logits, scale), 2, modes=modes)
@@ -137,7 +137,7 @@ def test_derivatives_with_empty_parts(x64: None, modes: tuple[str, ...]) -> None
 
 def test_tie_goes_to_the_first_part() -> None:
     parts = RaggedAttention(jnp.ones((3, 2)), jnp.array([1.0, 2.0, 2.0]), jnp.ones(3))
-    grad = jax.grad(lambda m: merge_partials(parts._replace(max_logits=m)).max_logits)
+    grad = jax.grad(lambda m: merge_partials(parts._replace(max_logits=m), axis=0).max_logits)
     np.testing.assert_array_equal(grad(parts.max_logits), [0.0, 1.0, 0.0])
 
 
@@ -145,16 +145,20 @@ def test_tie_goes_to_the_first_part() -> None:
 def test_array_axes(axis: int) -> None:
     parts = _parts(np.random.default_rng(2), (3, 4, 5), 6, np.float32)
     moved = RaggedAttention(*(jnp.moveaxis(x, 0, axis % 3) for x in parts))
-    for got, want in zip(merge_partials(moved, axis), merge_partials(parts), strict=True):
+    for got, want in zip(
+        merge_partials(moved, axis=axis), merge_partials(parts, axis=0), strict=True
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_merging_is_associative() -> None:
     parts = _parts(np.random.default_rng(3), (4, 5), 6, np.float32)
-    halves = [merge_partials(RaggedAttention(*(x[i : i + 2] for x in parts))) for i in (0, 2)]
-    merged = merge_partials(RaggedAttention(*map(jnp.stack, zip(*halves, strict=True))))
+    halves = [
+        merge_partials(RaggedAttention(*(x[i : i + 2] for x in parts)), axis=0) for i in (0, 2)
+    ]
+    merged = merge_partials(*halves)
     assert isinstance(merged, RaggedAttention)
-    for got, want in zip(merged, merge_partials(parts), strict=True):
+    for got, want in zip(merged, merge_partials(parts, axis=0), strict=True):
         assert_close(got, want, 1e-6)
 
 
@@ -170,9 +174,8 @@ def test_shared_prefix() -> None:
         lambda q: ragged_attention(q[None], key[:1, :8], value[:1, :8], jnp.array([8]))
     )(query)
     own = ragged_attention(query, key, value, lengths)
-    parts = [jnp.stack([s[:, 0], o]) for s, o in zip(shared, own, strict=True)]
     for got, want in zip(
-        merge_partials(tuple(parts)),
+        merge_partials(RaggedAttention(*(x[:, 0] for x in shared)), own),
         ragged_attention(query, whole[0], whole[1], lengths + 8),
         strict=True,
     ):
@@ -185,7 +188,7 @@ def test_over_two_mesh_axes() -> None:
     def local(query: Any, key: Any, value: Any, lengths: Any) -> Any:
         first = jax.lax.axis_index(("data", "model")) * key.shape[1]
         parts = op(case)(query, key, value, lengths - first)
-        return tuple(merge_partials(parts, ("data", "model")))
+        return tuple(merge_partials(parts, axis=("data", "model")))
 
     cache = P(None, ("data", "model"))
     run = jax.shard_map(
@@ -199,8 +202,8 @@ def test_over_two_mesh_axes() -> None:
 
 def test_over_the_axis_of_a_vmap() -> None:
     parts = _parts(np.random.default_rng(4), (3, 4), 6, np.float32)
-    merged = jax.vmap(lambda *x: tuple(merge_partials(x, "parts")), axis_name="parts")(*parts)
-    for got, want in zip(merged, merge_partials(parts), strict=True):
+    merged = jax.vmap(lambda *x: tuple(merge_partials(x, axis="parts")), axis_name="parts")(*parts)
+    for got, want in zip(merged, merge_partials(parts, axis=0), strict=True):
         np.testing.assert_allclose(got, np.stack([want] * 3), rtol=1e-6)
 
 
@@ -210,8 +213,8 @@ def test_along_an_explicit_axis() -> None:
     with jax.set_mesh(mesh):
         split = NamedSharding(mesh, P("data", "model"))
         placed = RaggedAttention(*(jax.device_put(x, split) for x in parts))
-        merged = jax.jit(merge_partials)(placed)
-    for got, want in zip(merged, merge_partials(parts), strict=True):
+        merged = jax.jit(lambda x: merge_partials(x, axis=0))(placed)
+    for got, want in zip(merged, merge_partials(parts, axis=0), strict=True):
         assert_close(got, want, 1e-6)
         assert got.sharding.spec[0] == "model"
 
@@ -241,15 +244,82 @@ def test_the_cache_is_not_gathered() -> None:
 def test_errors(change: Any, axis: Any, error: type[Exception], message: str) -> None:
     parts = RaggedAttention(jnp.ones((3, 4, 6)), jnp.ones((3, 4)), jnp.ones((3, 4)))
     with pytest.raises(error, match=message):
-        merge_partials(parts._replace(**change), axis)
+        merge_partials(parts._replace(**change), axis=axis)
 
 
-def test_results_that_are_not_stacked() -> None:
-    part = RaggedAttention(jnp.ones((4, 6)), jnp.ones(4), jnp.ones(4))
-    with pytest.raises(ValueError, match="Stack several results"):
-        merge_partials([part, part])  # type: ignore[list-item]
+PART = RaggedAttention(jnp.ones((4, 6)), jnp.ones(4), jnp.ones(4))
 
 
-def test_no_parts() -> None:
-    with pytest.raises(ValueError, match="at least one part"):
-        merge_partials((jnp.ones((0, 4, 6)), jnp.ones((0, 4)), jnp.ones((0, 4))))
+def test_several_results_are_one_stacked() -> None:
+    parts = _parts(np.random.default_rng(6), (3, 4), 6, np.float32)
+    several = [RaggedAttention(*(x[i] for x in parts)) for i in range(3)]
+    got, want = merge_partials(*several), merge_partials(parts, axis=0)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("narrow", ["bfloat16", "float16"])
+def test_out_in_float32_is_rounded_once(narrow: str) -> None:
+    """Parts of a narrow cache whose outs are not rounded merge as precisely as one call."""
+    case = Case("merged_narrow", (20, 17), Hq=4, Hkv=2, S=20, D=8, Dv=8, dtype=narrow)
+    query, key, value, lengths, _ = case.operands()
+
+    def part(i: int, **params: Any) -> RaggedAttention:
+        cache = key[:, i : i + T], value[:, i : i + T]
+        return ragged_attention(query, *cache, lengths - i, **params)
+
+    starts = range(0, case.S, T)
+    expected = case.expected().out
+    merged = merge_partials(*(part(i, out_dtype="float32") for i in starts))
+    assert merged.out.dtype == jnp.float32
+    assert_close(merged.out, expected, 1e-6)
+    rounded = merge_partials(*(part(i) for i in starts))
+    assert rounded.out.dtype == jnp.dtype(narrow)
+    assert np.abs(np.asarray(rounded.out, np.float64) - expected).max() > 1e-4
+
+    def loss(query: Any) -> Any:
+        parts = (
+            ragged_attention(
+                query, key[:, i : i + T], value[:, i : i + T], lengths - i, out_dtype="float32"
+            )
+            for i in starts
+        )
+        return merge_partials(*parts).out.sum()
+
+    def whole(query: Any) -> Any:
+        return ragged_attention(query, key, value, lengths, out_dtype="float32").out.sum()
+
+    # The gradients of the parts are each rounded to the dtype of query, and so is their sum.
+    want = np.asarray(jax.grad(whole)(query), np.float64)
+    assert_close(jax.grad(loss)(query), want, 2e-2 if narrow == "bfloat16" else 3e-3)
+
+
+@pytest.mark.parametrize(
+    ("parts", "axis", "error", "message"),
+    [
+        ((PART,), None, TypeError, "axis must be given for one argument"),
+        ((PART, PART), 0, TypeError, "axis must be left out for several results"),
+        (([PART, PART],), 0, TypeError, "each of parts must be.*got list of 2 items"),
+        (([PART, PART, PART],), 0, TypeError, "each of parts must be.*got list of 3 items"),
+        (tuple(PART), None, TypeError, "each of parts must be.*got ArrayImpl"),
+        ((PART, "model"), None, TypeError, "each of parts must be.*got str"),
+        ((PART, 0), None, TypeError, "each of parts must be.*got int"),
+        ((PART, PART._replace(out=jnp.ones((4, 5)))), None, ValueError, "out must have one shape"),
+        (
+            (PART, PART._replace(out=jnp.ones((4, 6), "bfloat16"))),
+            None,
+            ValueError,
+            "out must have one shape and dtype.*bfloat16",
+        ),
+        ((), None, ValueError, "at least one part"),
+        (
+            ((jnp.ones((0, 4, 6)), jnp.ones((0, 4)), jnp.ones((0, 4))),),
+            0,
+            ValueError,
+            "at least one part",
+        ),
+    ],
+)
+def test_arguments(parts: Any, axis: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^merge_partials: .*{message}"):
+        merge_partials(*parts, axis=axis)

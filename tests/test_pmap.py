@@ -53,7 +53,7 @@ def test_sequence_over_its_axis() -> None:
 
     def local(key: Any, value: Any) -> Any:
         first = jax.lax.axis_index("shard") * key.shape[1]
-        return tuple(merge_partials(op(GQA)(query, key, value, lengths - first), "shard"))
+        return tuple(merge_partials(op(GQA)(query, key, value, lengths - first), axis="shard"))
 
     results = jax.pmap(local, axis_name="shard")(*caches)
     for i in range(2):

@@ -128,7 +128,7 @@ def test_sequence_over_devices() -> None:
 
     def local(query: Any, key: Any, value: Any, lengths: Any) -> Any:
         first = jax.lax.axis_index(axes) * key.shape[1]
-        return merge_partials(ragged_attention(query, key, value, lengths - first), axes)
+        return merge_partials(ragged_attention(query, key, value, lengths - first), axis=axes)
 
     specs = (P(), P(None, axes), P(None, axes), P())
     run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
