@@ -1,4 +1,9 @@
-"""Set-up of all tests: devices, hypothesis, and what a test file may ask for."""
+"""Set-up of all tests: devices, the two tiers, hypothesis, and what a test file may ask for.
+
+Without options pytest runs the default tier: in minutes, with every rule, every lowering and every
+generation of TPU in it. `--full` adds what is marked `full`: the matrices, and the tests that take
+long for what they add to the others.
+"""
 
 import os
 import shutil
@@ -21,25 +26,23 @@ import hypothesis
 import jax
 import pytest
 
+import lowerings
+
 # Eight CPU devices stand for a mesh; what is not sharded runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
 
+# A failure prints a line, @reproduce_failure(...), that repeats it in either profile.
 hypothesis.settings.register_profile(
     "deterministic", derandomize=True, deadline=None, database=None, print_blob=True
 )
-hypothesis.settings.load_profile("deterministic")
-
-
-@pytest.fixture
-def fast_compile() -> Iterator[None]:
-    """XLA without its expensive optimisations: most of a small test's time, none of its point."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+hypothesis.settings.register_profile("random", deadline=None, database=None, print_blob=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the options of this suite."""
+    parser.addoption(
+        "--full", action="store_true", help="run the full tier: the tests marked `full` too"
+    )
     parser.addoption(
         "--lowering",
         metavar="MODULE:ATTRIBUTE",
@@ -51,10 +54,42 @@ _OWN = pytest.StashKey[Any]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Draws new examples in the full tier, and the same in every run of the default one."""
+    hypothesis.settings.load_profile("random" if config.getoption("--full") else "deterministic")
     if name := config.getoption("--lowering"):
-        import lowerings
-
         config.stash[_OWN] = lowerings.use_only(name)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Says which tier runs."""
+    return f"tier: {'full' if config.getoption('--full') else 'default (--full runs the rest)'}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests of the other tier, and those that need more GPUs than there are."""
+    here = len(lowerings.gpus())
+
+    def runs(item: pytest.Item) -> bool:
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            return False
+        return all(here >= (mark.args or (1,))[0] for mark in item.iter_markers("gpu"))
+
+    kept = [item for item in items if runs(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """XLA without its expensive optimisations, for all tests but those marked `optimized`.
+
+    They are most of a small test's time, and none of its point.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    fast = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", fast)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -4,15 +4,16 @@ import collections
 import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 import jax_ragged
+from cases import Case
 from jax_ragged import (
     RaggedAttention,
     Unsupported,
@@ -24,57 +25,186 @@ from jax_ragged.lowering.contract import ByOperand, ByResult, Operands, Residual
 from jax_ragged.lowering.params import Implementation, RaggedAttentionParams, statistics_dtype
 
 
-def _gpu() -> Any:
+def gpus() -> list[Any]:
+    """The GPUs of this machine."""
     try:
-        return jax.devices("gpu")[0]
+        return jax.devices("gpu")
     except RuntimeError:
-        return None
+        return []
 
 
 @dataclasses.dataclass(frozen=True)
-class Lowering:
-    """One way to run the op."""
+class Runner:
+    """One way to run the op, and its share of the conformance tests.
+
+    Attributes:
+      name: the first part of a test's id.
+      values: the names of the cases whose values are tested; None for all.
+      derivatives: the names of those whose derivatives are.
+      default: the names of those of them that are in the default tier; None for all.
+      implementation: the argument of the op.
+    """
 
     name: str
+    values: Collection[str] | None = None
+    derivatives: Collection[str] | None = None
+    default: Collection[str] | None = None
     implementation: Implementation | None = None
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
-        """Where calls run on this implementation; skips where there is none to run on."""
-        if self.name == "gpu":
-            device = _gpu()
-            if device is None:
-                pytest.skip("this machine has no GPU")
-            with jax.default_device(device):
-                yield
-        elif self.name == "tpu":
-            if importlib.util.find_spec("jax_ragged.lowering.tpu") is None:
-                pytest.skip("there is no TPU lowering")
-            from jax.experimental.pallas import tpu as pltpu
-
-            with jax.default_device(jax.devices("cpu")[0]), pltpu.force_tpu_interpret_mode():
-                yield
-        else:
-            with jax.default_device(jax.devices("cpu")[0]), warnings.catch_warnings():
-                if self.name == "own":  # it may refuse any call, with advice too
-                    warnings.filterwarnings("ignore", "ragged_attention: the reference runs")
-                yield
+        """Where calls run on this implementation."""
+        with jax.default_device(jax.devices("cpu")[0]):
+            yield
 
     def bound(self, params: dict[str, Any]) -> Callable[..., RaggedAttention]:
         """The op with its keyword arguments."""
-        if self.name == "definition":
-            definition = {k: v for k, v in params.items() if k != "block_size"}
-            return lambda *operands: reference_ragged_attention(*operands, **definition)
         keywords = {**params, "implementation": self.implementation}
         return lambda *operands: ragged_attention(*operands, **keywords)
 
+    def takes(self, case: Case, *, derivatives: bool) -> bool:
+        """Whether a case is tested."""
+        names = self.derivatives if derivatives else self.values
+        return names is None or case.name in names
 
-LOWERINGS: tuple[Lowering, ...] = (
-    Lowering("definition"),
-    Lowering("reference", "reference"),
-    Lowering("cpu"),
-    Lowering("tpu"),
-    Lowering("gpu"),
+    def marks(self, case: Case) -> list[pytest.MarkDecorator]:
+        """The marks of the tests of a case."""
+        return [] if self.default is None or case.name in self.default else [pytest.mark.full]
+
+    def scopes(self, case: Case, operation: str) -> tuple[str, ...]:
+        """Ends of the name of a scope, of which one shows which lowering ran."""
+        return ("reference",)
+
+
+class Definition(Runner):
+    """The op by its definition, which JAX's own rules differentiate."""
+
+    def bound(self, params: dict[str, Any]) -> Callable[..., RaggedAttention]:
+        """As of every runner. The definition knows no blocks."""
+        definition = {k: v for k, v in params.items() if k != "block_size"}
+        return lambda *operands: reference_ragged_attention(*operands, **definition)
+
+    def takes(self, case: Case, *, derivatives: bool) -> bool:
+        """As of every runner."""
+        return case.block_size is None and super().takes(case, derivatives=derivatives)
+
+    def scopes(self, case: Case, operation: str) -> tuple[str, ...]:
+        """None: it is no primitive."""
+        return ()
+
+
+class Reference(Runner):
+    """The reference, which knows no blocks."""
+
+    def takes(self, case: Case, *, derivatives: bool) -> bool:
+        """As of every runner."""
+        return case.block_size is None and super().takes(case, derivatives=derivatives)
+
+
+class Cpu(Runner):
+    """The CPU's kernels, compiled as for users."""
+
+    def marks(self, case: Case) -> list[pytest.MarkDecorator]:
+        """As of every runner."""
+        return [*super().marks(case), pytest.mark.optimized]
+
+    def scopes(self, case: Case, operation: str) -> tuple[str, ...]:
+        """Its kernels take all that there is to compute."""
+        return ("cpu_kernel",) if case.B and case.S and case.Q != 0 else ("reference",)
+
+
+class Tpu(Runner):
+    """The TPU's kernels, interpreted on the CPU."""
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """As of every runner."""
+        with super().context(), pltpu.force_tpu_interpret_mode():
+            yield
+
+    def scopes(self, case: Case, operation: str) -> tuple[str, ...]:
+        """Its kernels take two dtypes."""
+        taken = case.B and case.S and case.Q != 0 and case.dtype in ("float32", "bfloat16")
+        return ("tpu_kernel",) if taken else ("reference",)
+
+
+class Gpu(Runner):
+    """The GPU's kernels, on a GPU, compiled as for users."""
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """As of every runner."""
+        with jax.default_device(gpus()[0]):
+            yield
+
+    def marks(self, case: Case) -> list[pytest.MarkDecorator]:
+        """As of every runner."""
+        return [*super().marks(case), pytest.mark.gpu, pytest.mark.optimized]
+
+    def scopes(self, case: Case, operation: str) -> tuple[str, ...]:
+        """The tests of the GPU say what its kernels take; few cases of the table suit them."""
+        query, key, value = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.operands()[:3])
+        if case.Q is None:
+            query = query.update(shape=(case.B, 1, case.Hq, case.D))
+        params = RaggedAttentionParams(**case.params)
+        target = dispatch.Target("cuda", gpus()[0].device_kind)
+        refused = refusal(target, operation, query, key, value, params)
+        return ("cuda_kernel",) if refused is None else ("reference",)
+
+
+class Own(Runner):
+    """A lowering of one's own, registered for the CPU. A refusal of it passes, as its report says."""
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """As of every runner."""
+        with super().context(), warnings.catch_warnings():
+            # It may refuse any call, with advice too.
+            warnings.filterwarnings("ignore", "ragged_attention: the reference runs")
+            yield
+
+    def scopes(self, case: Case, operation: str) -> tuple[str, ...]:
+        """As of every runner."""
+        return ("cpu_kernel", "reference")
+
+
+# The TPU interpreter takes seconds a case. The kernels have tests of their own besides.
+_TPU_DERIVATIVES = (
+    "empty_windows",
+    "queries",
+    "soft_cap_scale",
+    "bfloat16_queries",
+    "tiles_queries",
+)
+_TPU_VALUES = (
+    "gqa",
+    "windows",
+    "empty_windows",
+    "past_the_end",
+    "before_the_start",
+    "mha",
+    "mqa",
+    "queries",
+    "value_head_dim",
+    "no_positions",
+    "soft_cap_scale",
+    "mask_value",
+    "bfloat16_queries",
+    "float64",
+    "tiles_gqa",
+    "tiles_queries",
+    "tiles_bfloat16",
+)
+
+RUNNERS: tuple[Runner, ...] = (
+    Definition(
+        "definition",
+        derivatives=("gqa", "empty_windows", "queries", "soft_cap_scale", "bfloat16", "float64"),
+    ),
+    Reference("reference", implementation="reference"),
+    Cpu("cpu"),
+    Tpu("tpu", _TPU_VALUES, _TPU_DERIVATIVES),
+    Gpu("gpu"),
 )
 
 
@@ -117,11 +247,11 @@ def use_only(name: str) -> _Counted:
     Returns:
       The registered lowering, with counts.
     """
-    global LOWERINGS
+    global RUNNERS
     module, _, attribute = name.partition(":")
     counted = _Counted(getattr(importlib.import_module(module), attribute))
     jax_ragged.register_lowering("cpu", counted)
-    LOWERINGS = (Lowering("own"),)
+    RUNNERS = (Own("own"),)
     return counted
 
 

@@ -16,7 +16,6 @@ from derivatives import op, pullback, pushforward
 from jax_ragged import ragged_attention
 from sharded import CASES, GQA, MQA
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 KERNEL = "ragged_attention_forward_cpu_kernel"
 REFERENCE = "ragged_attention_forward_reference"

@@ -10,7 +10,6 @@ from jax.experimental import checkify
 from cases import SMALL, SMALL_QUERIES, Case, assert_results, poison
 from derivatives import op, pullback
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 CASES = (SMALL, SMALL_QUERIES)
 ALL = checkify.float_checks | checkify.index_checks | checkify.user_checks
 

@@ -20,7 +20,6 @@ def _gradients(policy: Any) -> Any:
     return pullback(jax.checkpoint(op(CASE), policy=policy))
 
 
-@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize(
     "policy",
     [None, SAVED, POLICIES.everything_saveable],
@@ -67,7 +66,6 @@ def test_names_are_in_the_jaxpr() -> None:
         assert f"name={name}" in text
 
 
-@pytest.mark.usefixtures("fast_compile")
 def test_under_vmap_and_scan() -> None:
     """A stack of layers, each under checkpoint, as a model has them."""
     operands = CASE.operands()

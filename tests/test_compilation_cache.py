@@ -15,7 +15,6 @@ from jax import monitoring
 from cases import SMALL
 from derivatives import op, pullback
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 OPERANDS, BARS = SMALL.operands(), SMALL.cotangents()
 
 

@@ -1,7 +1,7 @@
 """Every lowering against the oracle: values, tangents, cotangents, on the whole case table."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,83 +11,68 @@ import pytest
 import cases
 import oracle
 from cases import CASES, Case, Operands, assert_close, assert_results, poison, tolerance
-from lowerings import LOWERINGS, Lowering
+from lowerings import RUNNERS, Runner
 
-Setting = tuple[Lowering, Case]
-
-# The definition and the reference know no blocks, and JAX's own rules differentiate the former.
-_DERIVED_DEFINITION = ("gqa", "empty_windows", "queries", "soft_cap_scale", "bfloat16", "float64")
-# The TPU interpreter takes seconds a case. The kernels have tests of their own besides.
-_TPU = (
-    "gqa",
-    "windows",
-    "empty_windows",
-    "past_the_end",
-    "before_the_start",
-    "mha",
-    "mqa",
-    "queries",
-    "value_head_dim",
-    "no_positions",
-    "soft_cap_scale",
-    "mask_value",
-    "bfloat16_queries",
-    "float64",
-    "tiles_gqa",
-    "tiles_queries",
-    "tiles_bfloat16",
-)
-_DERIVED_TPU = ("empty_windows", "queries", "soft_cap_scale", "bfloat16_queries", "tiles_queries")
+Setting = tuple[Runner, Case]
+_SCOPES = ("reference", "cpu_kernel", "tpu_kernel", "cuda_kernel")
 
 
-def _runs(lowering: Lowering, case: Case, derivatives: bool) -> bool:
-    if lowering.name == "tpu":
-        return case.name in (_DERIVED_TPU if derivatives else _TPU)
-    if lowering.name == "definition" and derivatives:
-        return case.name in _DERIVED_DEFINITION
-    return case.block_size is None or lowering.name not in ("definition", "reference")
-
-
-def _settings(derivatives: bool) -> pytest.MarkDecorator:
-    pairs = [(x, c) for x in LOWERINGS for c in CASES if _runs(x, c, derivatives)]
-    ids = [f"{lowering.name}-{case.name}" for lowering, case in pairs]
-    return pytest.mark.parametrize("setting", pairs, ids=ids, indirect=True)
+def _settings(*, derivatives: bool) -> pytest.MarkDecorator:
+    pairs = [
+        pytest.param((runner, case), id=f"{runner.name}-{case.name}", marks=runner.marks(case))
+        for runner in RUNNERS
+        for case in CASES
+        if runner.takes(case, derivatives=derivatives)
+    ]
+    return pytest.mark.parametrize("setting", pairs, indirect=True)
 
 
 @pytest.fixture
 def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
-    lowering, case = request.param
-    # What users run is compiled as for them; the others for a fast suite.
-    if lowering.name not in ("cpu", "gpu"):
-        request.getfixturevalue("fast_compile")
-    with lowering.context(), cases.x64(case):
-        yield lowering, case
+    runner, case = request.param
+    with runner.context(), cases.x64(case):
+        yield runner, case
 
 
-@functools.cache
-def _values(lowering: Lowering, params: tuple[tuple[str, Any], ...]) -> Any:
-    return jax.jit(lowering.bound(dict(params)))
+def _values(op: Callable[..., Any]) -> Callable[..., Any]:
+    return op
 
 
-@functools.cache
-def _jvp(lowering: Lowering, params: tuple[tuple[str, Any], ...]) -> Any:
-    op = lowering.bound(dict(params))
-
+def _jvp(op: Callable[..., Any]) -> Callable[..., Any]:
     def run(operands: Operands, tangents: tuple[Any, ...]) -> Any:
         return jax.jvp(lambda *moving: op(*moving, *operands[3:]), operands[:3], tangents)
 
-    return jax.jit(run)
+    return run
 
 
-@functools.cache
-def _vjp(lowering: Lowering, params: tuple[tuple[str, Any], ...]) -> Any:
-    op = lowering.bound(dict(params))
-
+def _vjp(op: Callable[..., Any]) -> Callable[..., Any]:
     def run(operands: Operands, cotangents: tuple[Any, ...]) -> Any:
         results, pull = jax.vjp(lambda *moving: op(*moving, *operands[3:]), *operands[:3])
         return pull(type(results)(*cotangents))
 
-    return jax.jit(run)
+    return run
+
+
+@functools.cache
+def _compiled(
+    runner: Runner, transform: Any, params: tuple[tuple[str, Any], ...], tree: Any, *types: Any
+) -> tuple[Callable[..., Any], str]:
+    args = jax.tree.unflatten(tree, types)
+    lowered = jax.jit(transform(runner.bound(dict(params)))).lower(*args)
+    return lowered.compile(), lowered.as_text(debug_info=True)
+
+
+def _program(setting: Setting, transform: Any, operation: str, *args: Any) -> Callable[..., Any]:
+    """A function of the op, compiled for args, after a look at which lowering is in it."""
+    runner, case = setting
+    arrays, tree = jax.tree.flatten(args)
+    types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    run, text = _compiled(runner, transform, tuple(case.params.items()), tree, *types)
+    scopes = runner.scopes(case, operation)
+    ran = [x for x in _SCOPES if f"ragged_attention_{operation}_{x}" in text]
+    assert len(ran) == bool(scopes)
+    assert set(ran) <= set(scopes)
+    return run
 
 
 def _assert_same(actual: Any, expected: Any) -> None:
@@ -108,9 +93,9 @@ class TestConformance:
 
     @_settings(derivatives=False)
     def test_values(self, setting: Setting) -> None:
-        lowering, case = setting
-        run = _values(lowering, tuple(case.params.items()))
+        case = setting[1]
         operands = case.operands()
+        run = _program(setting, _values, "forward", *operands)
         results = run(*operands)
         assert_results(results, case, operands)
         # What lies outside every window is not used, and the same inputs give the same bits.
@@ -118,9 +103,9 @@ class TestConformance:
 
     @_settings(derivatives=True)
     def test_jvp(self, setting: Setting) -> None:
-        lowering, case = setting
-        run = _jvp(lowering, tuple(case.params.items()))
+        case = setting[1]
         operands, tangents = case.operands(), case.operands(seed=1)[:3]
+        run = _program(setting, _jvp, "jvp", operands, tangents)
         results, dots = run(operands, tangents)
         assert_results(results, case, operands)
         _assert_derivatives(dots, oracle.jvp(*operands, tangents, **case.definition), case)
@@ -129,9 +114,9 @@ class TestConformance:
 
     @_settings(derivatives=True)
     def test_vjp(self, setting: Setting) -> None:
-        lowering, case = setting
-        run = _vjp(lowering, tuple(case.params.items()))
+        case = setting[1]
         operands, cotangents = case.operands(), case.cotangents()
+        run = _program(setting, _vjp, "vjp", operands, cotangents)
         grads = run(operands, cotangents)
         _assert_derivatives(grads, oracle.vjp(*operands, cotangents, **case.definition), case)
         outside = ~oracle.inside(operands.query, case.S, operands.lengths, operands.starts)

@@ -13,7 +13,6 @@ from cases import SMALL, SMALL_QUERIES, Case, assert_close, assert_results
 from derivatives import op
 from programs import counts
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 STEPS = 4
 DECODE = Case("decode", (0, 1, 2), Hq=2, Hkv=1, S=6, D=4, Dv=4)
 

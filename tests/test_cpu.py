@@ -36,7 +36,6 @@ def _run(params: tuple[tuple[str, Any], ...]) -> Any:
     return jax.jit(run)
 
 
-@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("case", BLOCKED, ids=cases.ids(BLOCKED))
 def test_blocks(case: Case) -> None:
     with cases.x64(case):
@@ -88,6 +87,7 @@ def _jvp(q: Any, k: Any, v: Any, lengths: Any) -> Any:
 PROGRAMS = {"forward": _forward, "jvp": _jvp, "grad_query": _grad((0,)), "grad": _grad((0, 1, 2))}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_memory_does_not_grow_with_the_cache(program: str, dtype: str) -> None:
@@ -102,6 +102,7 @@ def test_memory_does_not_grow_with_the_cache(program: str, dtype: str) -> None:
     assert long <= short + allowed
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("Hkv", [4, 16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_copy_of_the_cache(dtype: str, Hkv: int) -> None:
@@ -116,6 +117,7 @@ def test_no_copy_of_the_cache(dtype: str, Hkv: int) -> None:
     assert max(sizes) < operands[1].size
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("Hkv", [4, 16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_each_block_is_written_once(dtype: str, Hkv: int) -> None:
@@ -129,6 +131,7 @@ def test_each_block_is_written_once(dtype: str, Hkv: int) -> None:
     assert len(re.findall(rf"= f32\[{Hkv},{T},32\]\S* fusion\(", hlo)) == 2
 
 
+@pytest.mark.optimized
 @pytest.mark.skipif(not CPU_THREADS_DOTS, reason="this XLA runs small products on its own thread")
 @pytest.mark.parametrize("Hq", [8, 32])
 def test_few_rows_wake_no_threads(Hq: int) -> None:
@@ -137,6 +140,7 @@ def test_few_rows_wake_no_threads(Hq: int) -> None:
     assert "kind=kCustom" not in hlo
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_gradients_of_the_cache_are_not_copied(dtype: str, layers: int) -> None:
@@ -153,6 +157,7 @@ def test_gradients_of_the_cache_are_not_copied(dtype: str, layers: int) -> None:
     assert not re.search(rf"= \w+\[{dims}\]\S* copy\(", hlo)
 
 
+@pytest.mark.optimized
 def test_gradient_of_query_writes_no_cache() -> None:
     operands = _operands(4096, "float32")
     compiled = jax.jit(_grad((0,))).lower(*operands).compile()

@@ -11,7 +11,6 @@ import oracle
 from cases import SMALL, assert_close
 from derivatives import op
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 OPERANDS, BARS = SMALL.operands(), SMALL.cotangents()
 
 

@@ -9,7 +9,7 @@ import pytest
 from cases import SMALL, SMALL_QUERIES, Case, poison
 from derivatives import op, pullback, pushforward
 
-pytestmark = pytest.mark.usefixtures("fast_compile", "debug_nans")
+pytestmark = pytest.mark.usefixtures("debug_nans")
 EMPTY = Case("empty", (0, 2), (0, 2), Hq=2, Hkv=1, S=6, D=4, Dv=3)
 CASES = (SMALL, SMALL_QUERIES, EMPTY)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -4,13 +4,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import pytest
 
 import oracle
 from cases import SMALL_QUERIES, assert_close, assert_results
 from derivatives import op, pullback, pushforward
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 CASE = SMALL_QUERIES
 
 

@@ -62,6 +62,7 @@ def _id(page: pathlib.Path) -> str:
 RUN = [page for page in PAGES if page.name != "BUILD.md" and _blocks(page.read_text())]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("page", RUN, ids=_id)
 def test_code_runs_and_prints_what_the_page_says(
     page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch

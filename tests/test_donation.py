@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from cases import Case, assert_results
 from derivatives import op
 from jax_ragged import ragged_attention
 
+pytestmark = pytest.mark.optimized
 CASE = Case("donated", (5, 3), Hq=2, Hkv=1, S=64, D=16, Dv=16)
 
 

@@ -14,7 +14,6 @@ from derivatives import op, pullback, pushforward
 from jax_ragged import ragged_attention
 from sharded import CASES, GQA, MQA, place
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 
 

@@ -112,7 +112,6 @@ SYMBOLIC = {
 }
 
 
-@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("name", SYMBOLIC)
 def test_symbolic_shapes(name: str) -> None:
     """One module for every size: called and differentiated at two."""

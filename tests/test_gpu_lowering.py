@@ -26,7 +26,7 @@ from jax_ragged.lowering import gpu
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.gpu.plan import make_plan
 from jax_ragged.lowering.params import RaggedAttentionParams
-from lowerings import refusal
+from lowerings import gpus, refusal
 
 H200 = "NVIDIA H200"
 
@@ -81,13 +81,6 @@ def _lowered(function: Callable[..., Any], *operands: Any) -> str:
     return text
 
 
-def _gpu() -> Any:
-    try:
-        return jax.devices("gpu")[0]
-    except RuntimeError:
-        return None
-
-
 class TestLowered:
     """What needs no GPU: the module that jax makes for one."""
 
@@ -132,7 +125,7 @@ class TestLowered:
         text = _lowered(sharded, *case.operands()[:4])
         assert text.count("@mosaic_gpu_v2") == 2
 
-    @pytest.mark.skipif(_gpu() is not None, reason="here the device is known")
+    @pytest.mark.skipif(bool(gpus()), reason="here the device is known")
     def test_none_means_the_reference_where_no_device_is_known(self) -> None:
         case = Case("", (70, 1000), S=1000, D=64, Dv=64, dtype="bfloat16")
         text = _lowered(ragged_attention, *case.operands()[:4])
@@ -255,7 +248,8 @@ class TestInterpreted:
         _assert_results([x.reshape(*rows, *x.shape[2:]) for x in results], case, operands)
 
 
-@pytest.mark.skipif(_gpu() is None, reason="this machine has no GPU")
+@pytest.mark.gpu
+@pytest.mark.optimized
 class TestGpu:
     """The kernel on a GPU, on the case table and on what needs more than one block."""
 
@@ -264,7 +258,7 @@ class TestGpu:
         if case.B * case.S % 8:
             pytest.fail("the case is not one that the kernel takes")
         operands = case.operands()
-        with jax.default_device(_gpu()):
+        with jax.default_device(gpus()[0]):
             run = _kernel(case)
             results = run(*operands)
             poisoned = run(*poison(operands))
@@ -274,14 +268,14 @@ class TestGpu:
 
     def test_none_means_the_kernel(self) -> None:
         case = next(c for c in FITTED if c.name == "segments")
-        with jax.default_device(_gpu()):
+        with jax.default_device(gpus()[0]):
             text = jax.jit(ragged_attention).lower(*case.operands()[:4]).as_text()
         assert text.count("@mosaic_gpu_v2") == 2
 
     def test_gradient(self) -> None:
         case = next(c for c in FITTED if c.name == "segments")
         operands, cotangents = case.operands(), case.cotangents()
-        with jax.default_device(_gpu()):
+        with jax.default_device(gpus()[0]):
             results, pull = jax.vjp(
                 lambda q, k, v: ragged_attention(q, k, v, *operands[3:]), *operands[:3]
             )
@@ -294,7 +288,7 @@ class TestGpu:
         case = next(c for c in FITTED if c.name == "segments")
         query, key, value, lengths, starts = case.operands()
         queries = np.stack([query, -query, 2 * query])
-        with jax.default_device(_gpu()):
+        with jax.default_device(gpus()[0]):
             run = _kernel(case)
             mapped = jax.vmap(run, in_axes=(0, None, None, None, None))
             results = mapped(queries, key, value, lengths, starts)

@@ -11,23 +11,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from cases import Case, Operands, assert_close, tolerance
 from jax_ragged import merge_partials, ragged_attention
+from lowerings import gpus
 
 CASE = Case("", (128, 0, 65, 9), (3, 0, 0, -4), Hq=8, Hkv=2, S=128, D=64, Dv=64, dtype="bfloat16")
 MOVES = ("all-gather", "all-to-all", "collective-permute", "dynamic-slice", "copy", "transpose")
 
 
-def _gpus() -> list[Any]:
-    try:
-        return jax.devices("gpu")
-    except RuntimeError:
-        return []
-
-
-pytestmark = pytest.mark.skipif(len(_gpus()) < 2, reason="this machine has no two GPUs")
+pytestmark = [pytest.mark.gpu(2), pytest.mark.optimized]
 
 
 def _mesh(kind: AxisType, shape: tuple[int, int]) -> Mesh:
-    devices = np.array(_gpus()[:2]).reshape(shape)
+    devices = np.array(gpus()[:2]).reshape(shape)
     return Mesh(devices, ("data", "model"), axis_types=(kind, kind))
 
 
@@ -106,7 +100,7 @@ def test_gradients(shape: tuple[int, int]) -> None:
 
     grad = jax.jit(jax.grad(loss, (0, 1, 2)))
     operands = CASE.operands()
-    expected = grad(*(jax.device_put(x, _gpus()[0]) for x in operands))
+    expected = grad(*(jax.device_put(x, gpus()[0]) for x in operands))
     mesh = _mesh(AxisType.Explicit, shape)
     with jax.set_mesh(mesh):
         shardings = [NamedSharding(mesh, s) for s in ROWS_AND_HEADS]

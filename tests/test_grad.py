@@ -13,10 +13,9 @@ import oracle
 from cases import SMALL, SMALL_QUERIES, Case, Operands, assert_close, double, poison
 from derivatives import ALL, WRT, op, pullback
 from jax_ragged.primitives._signature import DIFFERENTIABLE, RESULTS, names
-from lowerings import LOWERINGS, Lowering
+from lowerings import RUNNERS, Runner
 from programs import counts, equations, largest_made
 
-fast = pytest.mark.usefixtures("fast_compile")
 GIVEN = [g for g in itertools.product((False, True), repeat=3) if any(g)]
 
 
@@ -36,7 +35,6 @@ def _assert_grads(
         assert_close(got, expected[i], tol, name=name, scale=1 + np.abs(expected[i]).max())
 
 
-@fast
 @pytest.mark.parametrize("given", GIVEN, ids=lambda g: "".join(map(str, map(int, g))))
 @pytest.mark.parametrize("wrt", WRT, ids=str)
 def test_subsets(x64: None, wrt: tuple[int, ...], given: tuple[bool, ...]) -> None:
@@ -77,7 +75,6 @@ def test_query_alone_makes_nothing_of_the_size_of_the_cache() -> None:
     assert operands.query.size < operands.key.size
 
 
-@fast
 def test_check_grads(x64: None) -> None:
     """Against finite differences, in both modes and their mixtures, to order 3."""
     sizes: dict[str, Any] = {"Q": 2, "Hq": 2, "Hkv": 1, "S": 3, "D": 2, "Dv": 2}
@@ -91,7 +88,6 @@ def test_check_grads(x64: None) -> None:
     check_grads(jax.jit(run), operands[:3], order=3, modes=("fwd", "rev"), rtol=2e-5, atol=2e-5)
 
 
-@fast
 def test_grad_of_a_scalar(x64: None) -> None:
     case = double(SMALL)
     operands, bars = case.operands(), case.cotangents()
@@ -104,7 +100,6 @@ def test_grad_of_a_scalar(x64: None) -> None:
     _assert_grads(grads, case, operands, (bars[0], None, None), ALL, 1e-13)
 
 
-@fast
 def test_padding_of_nan(x64: None) -> None:
     case = double(SMALL_QUERIES)
     operands, bars = case.operands(), case.cotangents()
@@ -112,37 +107,36 @@ def test_padding_of_nan(x64: None) -> None:
     _assert_grads(grads, case, operands, bars, ALL, 1e-13)
 
 
-@fast
 def test_empty_windows(x64: None) -> None:
     case = double(Case("empty", (0, 3, 9), (0, 3, 7), S=5, Hq=2, Hkv=1, D=3, Dv=2))
     grads = pullback(op(case))(poison(case.operands()), case.cotangents())
     assert not any(np.asarray(g).any() for g in grads)
 
 
-RUNNERS = [x for x in LOWERINGS if x.name != "gpu"]
+TIES = Case("ties", (7, 9), (2, 0), Hq=2, Hkv=1, S=9, D=2, Dv=2)
 
 
-@fast
-@pytest.mark.parametrize("lowering", RUNNERS, ids=[x.name for x in RUNNERS])
-def test_ties_of_the_maximum(lowering: Lowering) -> None:
+@pytest.mark.parametrize(
+    "runner", [pytest.param(x, id=x.name, marks=x.marks(TIES)) for x in RUNNERS]
+)
+def test_ties_of_the_maximum(runner: Runner) -> None:
     """The first position of the window that attains it carries the derivative."""
-    case = Case("ties", (7, 9), (2, 0), Hq=2, Hkv=1, S=9, D=2, Dv=2)
+    case = TIES
     operands, bars = case.operands(), case.cotangents()
     # Integers, whose dot products are exact; two keys in turn, so that every logit is a tie.
     query = np.array([[[1, 2], [-1, 3]], [[2, 1], [1, 1]]], np.float32)
     key = np.resize(np.array([[1, 0], [0, 2]], np.float32), (2, 9, 1, 2))
     operands = operands._replace(query=query, key=key)
-    with lowering.context():
-        grads = pullback(lowering.bound(case.params))(operands, _like(lowering, operands, bars))
+    with runner.context():
+        grads = pullback(runner.bound(case.params))(operands, _like(runner, operands, bars))
     _assert_grads(grads, case, operands, bars, ALL, 1e-6)
 
 
-def _like(lowering: Lowering, operands: Operands, bars: Any) -> Any:
-    results = jax.eval_shape(lowering.bound({}), *operands)
+def _like(runner: Runner, operands: Operands, bars: Any) -> Any:
+    results = jax.eval_shape(runner.bound({}), *operands)
     return type(results)(*bars)
 
 
-@fast
 def test_shared_starts_of_one_for_all_rows(x64: None) -> None:
     """Without starts the equation has one start for all rows, and gradients do not see it."""
     case = double(Case("no_starts", (4, 2), S=4, Hq=2, Hkv=2, D=3, Dv=2))
@@ -157,7 +151,6 @@ def test_integer_operands_get_float0() -> None:
     assert [g.dtype for g in grads[3:]] == [jax.dtypes.float0] * 2
 
 
-@fast
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtypes_of_gradients(dtype: str) -> None:
     case = Case("dtypes", (5, 2), S=5, Hq=2, Hkv=1, D=3, Dv=2, dtype=dtype)

@@ -13,7 +13,6 @@ from cases import SMALL, SMALL_QUERIES, Case, Operands, assert_close
 from derivatives import ALL, WRT, op, pullback
 from programs import counts, largest_made, temporary_bytes
 
-fast = pytest.mark.usefixtures("fast_compile")
 N = 3
 AXES = [
     (0, None, None, None, None),
@@ -57,7 +56,6 @@ def _bars(case: Case) -> Any:
     )
 
 
-@fast
 @pytest.mark.parametrize("case", [SMALL, SMALL_QUERIES], ids=lambda c: c.name)
 @pytest.mark.parametrize("axes", AXES, ids=str)
 def test_shared_operands_get_the_sum(case: Case, axes: Any) -> None:
@@ -69,7 +67,6 @@ def test_shared_operands_get_the_sum(case: Case, axes: Any) -> None:
     assert counts(run, stacked, _bars(case)) == {"ragged_attention": 1, "ragged_attention_vjp": 1}
 
 
-@fast
 @pytest.mark.parametrize("wrt", WRT, ids=str)
 def test_subset_of_operands(wrt: tuple[int, ...]) -> None:
     axes = (0, None, 0, None, None)
@@ -80,7 +77,6 @@ def test_subset_of_operands(wrt: tuple[int, ...]) -> None:
         assert_close(got, expected[i], 2e-6)
 
 
-@fast
 def test_nested_maps() -> None:
     """grad(vmap(grad(vmap))): a loss over per-example gradients of what an inner map shares."""
     axes = (0, None, None, None, None)
@@ -110,6 +106,7 @@ def test_nested_maps() -> None:
         assert_close(x, y, 4e-6)
 
 
+@pytest.mark.optimized
 def test_shared_cache_is_not_copied() -> None:
     """The gradient of a cache that 8 queries share is summed before it is written."""
     n, S, D = 8, 128, 256

@@ -3,14 +3,12 @@
 import hypothesis
 import jax
 import numpy as np
-import pytest
 from hypothesis import strategies as st
 
 import oracle
 from cases import Case, Operands, assert_close, assert_results, poison
 from derivatives import op, pullback
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 # A pool, so that programs are compiled once for each and windows drawn freely.
 SHAPES = [
     Case("a", (0,) * 4, (0,) * 4, Hq=4, Hkv=2, S=19, D=8, Dv=8, block_size=4),

@@ -14,7 +14,7 @@ from cases import SMALL, SMALL_QUERIES, Case, double
 from derivatives import ALL, op, oracle_vjp_tangent
 from programs import counts
 
-pytestmark = pytest.mark.usefixtures("fast_compile", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 CASES = (double(SMALL), double(SMALL_QUERIES))
 every_case = pytest.mark.parametrize("case", CASES, ids=cases.ids(CASES))
 

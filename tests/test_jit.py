@@ -11,7 +11,6 @@ from cases import SMALL, SMALL_QUERIES, Case, assert_results
 from derivatives import op
 from jax_ragged import ragged_attention
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 CASES = (SMALL, SMALL_QUERIES)
 
 

@@ -14,7 +14,7 @@ from derivatives import ALL, WRT, op, pushforward
 from jax_ragged.primitives._signature import DIFFERENTIABLE, names
 from programs import counts, equations, largest_made
 
-pytestmark = pytest.mark.usefixtures("fast_compile", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 CASES = (double(SMALL), double(SMALL_QUERIES))
 every_case = pytest.mark.parametrize("case", CASES, ids=cases.ids(CASES))
 

@@ -11,7 +11,7 @@ import oracle
 from cases import SMALL, SMALL_QUERIES, Case, double
 from derivatives import WRT, op, oracle_vjp_tangent, pullback, pushforward
 
-pytestmark = pytest.mark.usefixtures("fast_compile", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 CASES = (double(SMALL), double(SMALL_QUERIES))
 every_case = pytest.mark.parametrize("case", CASES, ids=cases.ids(CASES))
 

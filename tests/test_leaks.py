@@ -3,12 +3,10 @@
 from typing import Any
 
 import jax
-import pytest
 
 from cases import SMALL
 from derivatives import op, pullback, pushforward
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 OPERANDS, BARS = SMALL.operands(), SMALL.cotangents()
 
 

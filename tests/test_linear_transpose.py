@@ -11,7 +11,7 @@ from cases import SMALL, SMALL_QUERIES, Case, assert_close, double
 from derivatives import op
 from programs import counts
 
-pytestmark = pytest.mark.usefixtures("fast_compile", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 CASES = [double(SMALL), double(SMALL_QUERIES)]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 

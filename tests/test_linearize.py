@@ -11,7 +11,7 @@ from cases import SMALL_QUERIES, assert_close, double
 from derivatives import op
 from programs import counts
 
-pytestmark = pytest.mark.usefixtures("fast_compile", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 CASE = double(SMALL_QUERIES)
 
 

@@ -14,8 +14,6 @@ from cases import BY_NAME, Case, assert_close, assert_results, double, ids
 from derivatives import op, pullback, pushforward
 from jax_ragged import RaggedAttention, merge_partials, ragged_attention
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 # Windows that end in the first part, begin in the last, are empty, out of range; ties.
 CASES = (
     Case("merged", (20, 3, 0, 9, 25), (0, 0, 0, 7, 16), Hq=4, Hkv=2, S=20, D=8, Dv=4),

@@ -12,7 +12,6 @@ from derivatives import op, pullback
 from jax_ragged import merge_partials
 from sharded import CASES, GQA
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 
 

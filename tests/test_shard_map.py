@@ -19,7 +19,6 @@ from jax_ragged.primitives import ragged_attention_p
 from programs import equations
 from sharded import CASES, GQA
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 
 

@@ -9,7 +9,7 @@ import pytest
 from cases import BY_NAME, SMALL, SMALL_QUERIES, Case, assert_results
 from derivatives import op, pullback, pushforward
 
-pytestmark = pytest.mark.usefixtures("fast_compile", "strict")
+pytestmark = pytest.mark.usefixtures("strict")
 CASES = (SMALL, SMALL_QUERIES, BY_NAME["bfloat16_queries"], BY_NAME["float16"])
 
 

@@ -314,6 +314,7 @@ def _jvp(call: Any) -> Any:
     return tangents
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("generation", "sizes", "derivative"),
     [("v5e", sizes, _vjp) for sizes in SIZES]

@@ -8,6 +8,8 @@ import pytest
 
 from tpu_programs import TOPOLOGIES, cache_sized, compile_call
 
+pytestmark = pytest.mark.optimized
+
 HEADS = (1, 2, 4, 8, 16, 32)
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 DTYPES = ("bfloat16", "float32")

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jax_ragged import merge_partials, ragged_attention
 
 pytest.importorskip("libtpu")
+pytestmark = pytest.mark.optimized
 
 B, Hq, S, D = 4, 16, 1024, 128
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")

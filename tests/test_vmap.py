@@ -16,7 +16,6 @@ from derivatives import op
 from jax_ragged.primitives import ragged_attention_p
 from programs import counts, equations, largest_made, temporary_bytes
 
-fast = pytest.mark.usefixtures("fast_compile")
 N = 3
 SUBSETS = [s for s in itertools.product((False, True), repeat=5) if any(s)]
 AXES = (1, 2, 0, 1, 0)
@@ -61,7 +60,6 @@ def _assert_all_close(actual: Any, expected: Any) -> None:
         assert_close(np.where(empty, 0, got), np.where(empty, 0, want), 1e-6)
 
 
-@fast
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "".join(map(str, map(int, s))))
 def test_subset_of_operands(subset: Sequence[bool]) -> None:
     stacked, axes, examples = _mapped(SMALL, subset)
@@ -72,7 +70,6 @@ def test_subset_of_operands(subset: Sequence[bool]) -> None:
     assert largest_made(run, *stacked) <= N * 3 * 2 * 3
 
 
-@fast
 @pytest.mark.parametrize("subset", [(1, 0, 0, 1, 1), (0, 1, 1, 0, 0), (1, 1, 1, 1, 1)])
 def test_with_queries(subset: Sequence[bool]) -> None:
     stacked, axes, examples = _mapped(SMALL_QUERIES, subset)
@@ -81,7 +78,6 @@ def test_with_queries(subset: Sequence[bool]) -> None:
     assert counts(run, *stacked) == {"ragged_attention": 1}
 
 
-@fast
 def test_out_axes() -> None:
     stacked, axes, examples = _mapped(SMALL, [True] * 5)
     results = jax.vmap(op(SMALL), in_axes=axes, out_axes=(-1, 1, 2))(*stacked)
@@ -89,7 +85,6 @@ def test_out_axes() -> None:
     _assert_all_close(moved, _expected(SMALL, examples))
 
 
-@fast
 def test_nested() -> None:
     """Query is mapped twice, the windows inside, the cache outside; starts by a third vmap."""
     outer, inner, third = 2, 3, 2
@@ -118,7 +113,6 @@ def test_nested() -> None:
     assert counts(run, query, key, value, lengths, starts) == {"ragged_attention": 1}
 
 
-@fast
 def test_size_zero() -> None:
     stacked, axes, _ = _mapped(SMALL, [True] * 5, n=1)
     emptied = [np.take(x, [], a) for x, a in zip(stacked, axes, strict=True)]
@@ -126,7 +120,6 @@ def test_size_zero() -> None:
     assert [x.shape for x in results] == [(0, 3, 2, 3), (0, 3, 2), (0, 3, 2)]
 
 
-@fast
 def test_nothing_mapped() -> None:
     operands = SMALL.operands()
     function: Any = lambda *x: op(SMALL)(*x)  # noqa: E731
@@ -138,14 +131,12 @@ def test_nothing_mapped() -> None:
     assert [x.shape for x in jax.eval_shape(once, *operands)] == [(3, 2, 3), (3, 2), (3, 2)]
 
 
-@fast
 def test_spmd_axis_name() -> None:
     stacked, axes, examples = _mapped(SMALL, [True] * 5)
     run = jax.vmap(op(SMALL), in_axes=axes, spmd_axis_name="data")
     _assert_all_close(run(*stacked), _expected(SMALL, examples))
 
 
-@fast
 def test_axis_name_is_free() -> None:
     stacked, axes, examples = _mapped(SMALL, [True] * 5)
 
@@ -156,7 +147,6 @@ def test_axis_name_is_free() -> None:
     _assert_all_close(jax.vmap(run, axis_name="i", in_axes=axes)(*stacked), expected)
 
 
-@fast
 def test_equation_is_canonical() -> None:
     """A 1 stands in front of what is not mapped: nothing is broadcast before the equation."""
     stacked, axes, _ = _mapped(SMALL, (True, False, False, True, False))
@@ -166,6 +156,7 @@ def test_equation_is_canonical() -> None:
     assert shapes == [(N, 3, 2, 4), (1, 3, 6, 1, 4), (1, 3, 6, 1, 3), (N, 3), (1, 3)]
 
 
+@pytest.mark.optimized
 def test_shared_cache_is_not_copied() -> None:
     """In the compiled program, over 8 queries that share a cache of 128 KiB."""
     n, S, D = 8, 128, 256
@@ -185,7 +176,6 @@ def test_shared_cache_is_not_copied() -> None:
     assert max(sizes) <= key.size
 
 
-@fast
 def test_int_lengths_of_each_width() -> None:
     stacked, axes, examples = _mapped(SMALL, (True, True, True, True, True))
     for dtype in (jnp.uint8, jnp.int8, jnp.int16, jnp.uint32):

@@ -11,7 +11,6 @@ from cases import SMALL, SMALL_QUERIES, Case, Operands, assert_close
 from derivatives import op, pullback
 from programs import counts
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 N = 3
 # Axes of query, key, value, lengths, starts and of the cotangents.
 AXES = [

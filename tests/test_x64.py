@@ -10,7 +10,7 @@ import pytest
 from cases import SMALL, SMALL_QUERIES, assert_results, double
 from derivatives import op, pullback
 
-pytestmark = pytest.mark.usefixtures("fast_compile", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.parametrize("case", [SMALL, SMALL_QUERIES, double(SMALL)], ids=lambda c: c.dtype)
