@@ -38,6 +38,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
+from benchmarks.tpu_cases import SCHEDULED, TOPOLOGIES, Scheduled
 from jax_ragged import ragged_attention
 from jax_ragged.lowering import tpu
 from jax_ragged.lowering.params import RaggedAttentionParams
@@ -46,13 +47,6 @@ from jax_ragged.lowering.tpu.call import Call
 from jax_ragged.lowering.tpu.chips import MIB, chip_of
 
 DUMP = tempfile.TemporaryDirectory(prefix="tpu_schedule_")
-TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "7x": "tpu7x:2x2x1",
-}
 B, S = 8, 4096
 DTYPE = jnp.bfloat16
 GOAL = 0.8
@@ -60,31 +54,6 @@ GOAL = 0.8
 _GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGIES), "which to compile for")
 _PEERS = flags.DEFINE_bool("peers", True, "whether to compile jax's own kernels too")
 _SAVE = flags.DEFINE_bool("save", False, "write tpu_schedule.md and .png into docs/measurements")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Head counts, head dimension and queries of a row."""
-
-    Hq: int
-    Hkv: int
-    D: int
-    Q: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.Hq}/{self.Hkv}/{self.D}" + (f" Q={self.Q}" if self.Q > 1 else "")
-
-
-CASES = (
-    Case(32, 8, 128),
-    Case(64, 8, 128),
-    Case(32, 32, 128),
-    Case(16, 2, 256),
-    Case(8, 1, 128),
-    Case(64, 8, 64),
-    Case(32, 8, 128, Q=8),
-    Case(64, 8, 64, Q=8),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +205,7 @@ def _compile(generation: str, call: Callable[..., Any], *shapes: Any) -> tuple[A
     return device, lowered.compile()
 
 
-def ours(generation: str, case: Case) -> Row:
+def ours(generation: str, case: Scheduled) -> Row:
     """The kernel with its default block size."""
     query, cache = (B, case.Q, case.Hq, case.D), (B, S, case.Hkv, case.D)
     window = ((B, case.Q), jnp.int32)
@@ -293,7 +262,7 @@ DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[[Call], backward.Traff
 }
 
 
-def derivative(generation: str, case: Case, name: str) -> Row:
+def derivative(generation: str, case: Scheduled, name: str) -> Row:
     """The kernel of a derivative with its default block size; its DMA reads and writes."""
     query, cache = (B, case.Q, case.Hq, case.D), (B, S, case.Hkv, case.D)
     window = ((B, case.Q), jnp.int32)
@@ -324,7 +293,7 @@ def derivative(generation: str, case: Case, name: str) -> Row:
     )
 
 
-def paged_attention(generation: str, case: Case) -> Row:
+def paged_attention(generation: str, case: Scheduled) -> Row:
     """jax's paged attention: its cache is head-major pages, its bundles the whole kernel's."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as peer
 
@@ -344,7 +313,7 @@ def paged_attention(generation: str, case: Case) -> Row:
     return _peer("paged_attention", generation, case, call, *shapes)
 
 
-def ragged_paged_attention(generation: str, case: Case) -> Row:
+def ragged_paged_attention(generation: str, case: Scheduled) -> Row:
     """jax's ragged paged attention: keys and values interleaved in pages."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
         ragged_paged_attention as peer,
@@ -366,7 +335,7 @@ def ragged_paged_attention(generation: str, case: Case) -> Row:
     return _peer("ragged_paged_attention", generation, case, call, *shapes)
 
 
-def _peer(name: str, generation: str, case: Case, call: Any, *shapes: Any) -> Row:
+def _peer(name: str, generation: str, case: Scheduled, call: Any, *shapes: Any) -> Row:
     _, program = _compile(generation, call, *shapes)
     paths = Path(DUMP.name).glob("*schedule-analysis_final_bundles.txt")
     totals = [
@@ -457,15 +426,15 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     rows: list[Row] = []
     for generation in _GENERATIONS.value:
-        for case in CASES:
+        for case in SCHEDULED:
             rows.append(ours(generation, case))
             print("\t".join(rows[-1].cells()), flush=True)
         for name in DERIVATIVES:
-            for case in CASES:
+            for case in SCHEDULED:
                 rows.append(derivative(generation, case, name))
                 print("\t".join(rows[-1].cells()), flush=True)
         for peer in (paged_attention, ragged_paged_attention) if _PEERS.value else ():
-            for case in CASES[:2]:
+            for case in SCHEDULED[:2]:
                 try:
                     rows.append(peer(generation, case))
                     print("\t".join(rows[-1].cells()), flush=True)

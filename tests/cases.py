@@ -1,13 +1,15 @@
 """The case table of all tests, and how results are compared with the oracle's."""
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 import oracle
 from jax_ragged import DEFAULT_MASK_VALUE
@@ -188,6 +190,31 @@ BY_NAME = {case.name: case for case in CASES}
 def ids(cases: Iterable[Case]) -> list[str]:
     """The names of cases, for pytest's ids."""
     return [case.name for case in cases]
+
+
+def tiered(rows: Iterable[Any], default: Collection[Any]) -> list[Any]:
+    """Rows of a parametrised test, of which those that are not in default are in the full tier."""
+    return [
+        row
+        if row in default
+        else pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.full)
+        for row in rows
+    ]
+
+
+def pairwise(rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """A few of the rows, in which every pair of two columns' values occurs that occurs in all."""
+
+    def pairs(row: tuple[Any, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    missing = set().union(*map(pairs, rows))
+    taken = []
+    while missing:
+        # The first of those with the most new pairs: the same rows in every run.
+        taken.append(max(rows, key=lambda row: len(missing & pairs(row))))
+        missing -= pairs(taken[-1])
+    return taken
 
 
 def poison(operands: Operands) -> Operands:

@@ -153,7 +153,7 @@ class Gpu(Runner):
 
 
 class Own(Runner):
-    """A lowering of one's own, registered for the CPU. A refusal of it passes, as its report says."""
+    """A lowering of one's own, registered for the CPU; its refusals pass, and are reported."""
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:

@@ -1,11 +1,26 @@
-"""Reading of jaxprs and of compiled programs, for tests of what a program does."""
+"""Making and reading jaxprs and compiled programs, also for TPUs that are not there.
 
+`test_programs.py` shows every reader a program in which it finds what other tests miss.
+"""
+
+import functools
+import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+from jax.sharding import SingleDeviceSharding
 
+from benchmarks.tpu_cases import TOPOLOGIES
+from jax_ragged import ragged_attention
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+# What moves or makes an array in optimised HLO.
+MOVES = ("copy", "transpose", "convert", "fusion", "pad")
 NAMES = ("ragged_attention", "ragged_attention_jvp", "ragged_attention_vjp")
 
 
@@ -55,3 +70,85 @@ def lowered_text(fun: Callable[..., Any], *args: Any) -> str:
     static = [i for i, x in enumerate(args) if x is None or isinstance(x, str)]
     lowered = jax.jit(fun, static_argnums=static).lower(*args)
     return str(lowered.as_text(debug_info=True))
+
+
+def compiled_text(fun: Callable[..., Any], *args: Any) -> str:
+    """The text of a program compiled for the devices of its arguments."""
+    return str(jax.jit(fun).lower(*args).compile().as_text())
+
+
+def collectives(text: str) -> dict[str, int]:
+    """How many of each kind of collective an optimised program has; those with none left out."""
+    found = {x: len(re.findall(rf"\b{x}(?:-start)?\(", text)) for x in COLLECTIVES}
+    return {x: n for x, n in found.items() if n}
+
+
+def made(text: str, *operations: str) -> list[tuple[int, str]]:
+    """The size, in elements, and the line of what these operations make in an optimised program."""
+    kinds = "|".join(map(re.escape, operations))
+    pattern = re.compile(rf"= \(?\w+\[([\d,]*)\].*? (?:{kinds})(?:-start)?\(")
+    matches = [(pattern.search(line), line) for line in text.splitlines()]
+    return [
+        (math.prod(int(n) for n in match[1].split(",") if n), line.strip()[:160])
+        for match, line in matches
+        if match
+    ]
+
+
+def emitted(text: str, *operations: str) -> list[tuple[int, str]]:
+    """As `made`, in a module of StableHLO, before a compiler has seen it."""
+    found = []
+    for line in text.splitlines():
+        sizes = re.findall(r"tensor<((?:\d+x)*)[a-z]", line)
+        if sizes and any(f"stablehlo.{x} " in line for x in operations):
+            found.append((math.prod(int(n) for n in sizes[-1].split("x") if n), line.strip()[:160]))
+    return found
+
+
+def cache_sized(program: Any, elements: int) -> list[str]:
+    """The operations of a compiled program that move or make as many elements as a cache has."""
+    return [line for size, line in made(program.as_text(), *MOVES) if size >= elements]
+
+
+@functools.cache
+def devices(generation: str) -> Any:
+    """The devices of a generation's topology, for which programs can be compiled."""
+    name = TOPOLOGIES[generation]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def compile_call(
+    generation: str,
+    *,
+    Hq: int,
+    Hkv: int,
+    D: int,
+    Dv: int | None = None,
+    dtype: str = "bfloat16",
+    B: int = 4,
+    S: int = 2048,
+    Q: int = 1,
+    transform: Callable[[Any], Any] = lambda call: call,
+    **params: Any,
+) -> Any:
+    """The compiled program of one call of the kernel on one device, or of its derivative."""
+    sharding = SingleDeviceSharding(devices(generation)[0])
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def call(*operands: jax.Array) -> Any:
+        return ragged_attention(*operands, implementation="kernel", **params)
+
+    Dv = D if Dv is None else Dv
+    return (
+        jax.jit(transform(call))
+        .lower(
+            array((B, Q, Hq, D), dtype),
+            array((B, S, Hkv, D), dtype),
+            array((B, S, Hkv, Dv), dtype),
+            array((B, Q), jnp.int32),
+            array((B, Q), jnp.int32),
+        )
+        .compile()
+    )

@@ -1,6 +1,6 @@
 """Meshes of the eight CPU devices, operands laid out on them, and what sharded programs give."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -73,8 +73,3 @@ def assert_tangents(actual: Sequence[Any], case: Case, tangents: Sequence[Any]) 
     expected = oracle.jvp(*case.operands(), tuple(tangents), **case.definition)
     for name, got, want in zip(("out", "max_logits", "denominator"), actual, expected, strict=True):
         cases.assert_close(got, want, 1e-5, scale=1 + np.abs(want).max(), name=name)
-
-
-def compiled_text(fun: Callable[..., Any], *args: Any) -> str:
-    """The text of a program compiled for the devices of its arguments."""
-    return str(jax.jit(fun).lower(*args).compile().as_text())

@@ -48,13 +48,22 @@ def test_unused_tangent_and_gradient_vanish() -> None:
         assert f"{MARK}_jvp" not in text
         assert f"{MARK}_vjp" not in text
 
+    def both(query: Any) -> Any:
+        out, pull = jax.vjp(lambda q: op(SMALL)(q, *OPERANDS[1:])[0], query)
+        return pull(out), jax.jvp(lambda q: op(SMALL)(q, *OPERANDS[1:])[0], (query,), (query,))[1]
+
+    text = _lowered(both, OPERANDS.query)
+    assert f"{MARK}_jvp" in text
+    assert f"{MARK}_vjp" in text
+
 
 def test_call_unused_in_a_loop_vanishes() -> None:
     def step(state: Any, _: None) -> Any:
         query, last = state
         return (query + 1, op(SMALL)(query, *OPERANDS[1:])[0] + 0 * last), None
 
-    def run(query: Any) -> Any:
-        return jax.lax.scan(step, (query, OPERANDS.query[..., :3]), None, length=3)[0][0]
+    def run(query: Any, result: int) -> Any:
+        return jax.lax.scan(step, (query, OPERANDS.query[..., :3]), None, length=3)[0][result]
 
-    assert MARK not in _lowered(run, OPERANDS.query)
+    assert MARK not in _lowered(lambda query: run(query, 0), OPERANDS.query)
+    assert MARK in _lowered(lambda query: run(query, 1), OPERANDS.query)

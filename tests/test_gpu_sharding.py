@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from cases import Case, Operands, assert_close, tolerance
 from jax_ragged import merge_partials, ragged_attention
 from lowerings import gpus
+from programs import collectives, made
 
 CASE = Case("", (128, 0, 65, 9), (3, 0, 0, -4), Hq=8, Hkv=2, S=128, D=64, Dv=64, dtype="bfloat16")
 MOVES = ("all-gather", "all-to-all", "collective-permute", "dynamic-slice", "copy", "transpose")
@@ -48,10 +49,7 @@ def _check(mesh: Mesh, specs: tuple[P, ...], function: Callable[..., Any]) -> st
     text = str(compiled.as_text())
     assert text.count('custom_call_target="mosaic_gpu_v2"') == 2
     shard = operands.key.size // 2
-    for line in text.splitlines():
-        if any(f" {move}(" in line or f" {move}-start(" in line for move in MOVES):
-            sizes = line.split("[", 1)[1].split("]", 1)[0]
-            assert np.prod([int(n) for n in sizes.split(",") if n]) < shard, line
+    assert [line for size, line in made(text, *MOVES) if size >= shard] == []
     return text
 
 
@@ -61,13 +59,13 @@ over = pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["rows", "heads"])
 @over
 def test_explicit_axes(shape: tuple[int, int]) -> None:
     text = _check(_mesh(AxisType.Explicit, shape), ROWS_AND_HEADS, attend)
-    assert "all-reduce" not in text
+    assert collectives(text) == {}
 
 
 @over
 def test_automatic_axes(shape: tuple[int, int]) -> None:
     split = functools.partial(attend, partition=P("data", "model"))
-    assert "all-reduce" not in _check(_mesh(AxisType.Auto, shape), ROWS_AND_HEADS, split)
+    assert collectives(_check(_mesh(AxisType.Auto, shape), ROWS_AND_HEADS, split)) == {}
 
 
 @over
@@ -75,7 +73,7 @@ def test_shard_map(shape: tuple[int, int]) -> None:
     mesh = _mesh(AxisType.Auto, shape)
     results = P("data", "model")
     split = jax.shard_map(attend, mesh=mesh, in_specs=ROWS_AND_HEADS, out_specs=results)
-    assert "all-reduce" not in _check(mesh, ROWS_AND_HEADS, split)
+    assert collectives(_check(mesh, ROWS_AND_HEADS, split)) == {}
 
 
 def test_cache_split_by_sequence() -> None:
@@ -88,7 +86,7 @@ def test_cache_split_by_sequence() -> None:
         return merge_partials(parts, axis="model")
 
     split = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P())
-    assert "all-reduce" in _check(mesh, specs, split)
+    assert collectives(_check(mesh, specs, split)).keys() == {"all-reduce"}
 
 
 @over

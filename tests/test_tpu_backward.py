@@ -12,6 +12,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # no public 
 from jax.experimental.pallas import tpu as pltpu
 
 import oracle
+from benchmarks.tpu_cases import TOPOLOGIES
 from cases import Case, assert_close, ids, poison
 from derivatives import ALL, op, pullback, pushforward
 from jax_ragged.lowering.dispatch import Target
@@ -25,7 +26,7 @@ from jax_ragged.lowering.tpu.layout import CacheLayout
 from jax_ragged.lowering.tpu.walk import Walk
 from jax_ragged.lowering.tpu.work_list import WorkList
 from lowerings import refusal
-from tpu_programs import TOPOLOGIES, cache_sized, compile_call
+from programs import cache_sized, compile_call
 
 # One for each order in which XLA keeps a cache, and for what a block can hold of a window.
 CASES = (

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from tpu_programs import TOPOLOGIES, cache_sized, compile_call
+from benchmarks.tpu_cases import SCHEDULED, TOPOLOGIES, Scheduled
+from cases import pairwise, tiered
+from programs import cache_sized, compile_call
 
 pytestmark = pytest.mark.optimized
 
 HEADS = (1, 2, 4, 8, 16, 32)
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 DTYPES = ("bfloat16", "float32")
-# Hq, Hkv, D: the cases whose schedules benchmarks/tpu_schedule.py reads.
-SCHEDULED = ((32, 8, 128), (64, 8, 128), (32, 32, 128), (16, 2, 256), (8, 1, 128), (64, 8, 64))
 
 
 def _heads(Hkv: int) -> int:
@@ -27,7 +27,8 @@ def _cases() -> Iterator[tuple[str, int, int, int, str]]:
 
     How keys are read follows from Hkv, D, dtype and whether Dv is D, and how values are from Dv
     likewise. The other Dv runs through all of HEAD_DIMS for each Hkv, dtype and generation too, and
-    every pair of D and Dv occurs. On older versions of JAX, and of libtpu with them, a part.
+    every pair of D and Dv occurs. On older versions of JAX, and of libtpu with them, a part; in the
+    default tier, every pair of two of the five.
     """
     shapes = itertools.product(enumerate(TOPOLOGIES), enumerate(HEADS), enumerate(DTYPES))
     for (g, generation), (h, Hkv), (t, dtype) in shapes:
@@ -36,7 +37,9 @@ def _cases() -> Iterator[tuple[str, int, int, int, str]]:
             yield from ((generation, Hkv, D, Dv, dtype) for Dv in (D, other))
 
 
-_CASES = list(_cases())[:: 1 if jax.__version_info__ >= (0, 12) else 7]
+_ALL = list(_cases())
+_DEFAULT = pairwise(_ALL)
+_PART = set(_ALL[:: 1 if jax.__version_info__ >= (0, 12) else 7]) | set(_DEFAULT)
 
 
 def _assert_reads_in_place(
@@ -58,7 +61,9 @@ def _assert_reads_in_place(
     assert memory.temp_size_in_bytes <= queries + results + 2**19
 
 
-@pytest.mark.parametrize(("generation", "Hkv", "D", "Dv", "dtype"), _CASES)
+@pytest.mark.parametrize(
+    ("generation", "Hkv", "D", "Dv", "dtype"), tiered([c for c in _ALL if c in _PART], _DEFAULT)
+)
 def test_reads_in_place(generation: str, Hkv: int, D: int, Dv: int, dtype: str) -> None:
     _assert_reads_in_place(generation, Hkv, D, Dv, dtype, _heads(Hkv))
 
@@ -69,16 +74,14 @@ def test_many_large_heads_in_the_smallest_vmem(D: int, Dv: int) -> None:
     _assert_reads_in_place("v4", 32, D, Dv, "float32", 32)
 
 
-@pytest.mark.parametrize("generation", TOPOLOGIES)
-@pytest.mark.parametrize(("Hq", "Hkv", "D"), SCHEDULED)
-def test_scheduled_cases(generation: str, Hq: int, Hkv: int, D: int) -> None:
-    _assert_reads_in_place(generation, Hkv, D, D, "bfloat16", Hq)
+_SCHEDULED = list(itertools.product(TOPOLOGIES, SCHEDULED))
+_DIAGONAL = _SCHEDULED[:: len(SCHEDULED) - 1]
 
 
-@pytest.mark.parametrize("generation", TOPOLOGIES)
-@pytest.mark.parametrize(("Hq", "Hkv", "D"), [(32, 8, 128), (64, 8, 64)])
-def test_eight_queries(generation: str, Hq: int, Hkv: int, D: int) -> None:
-    _assert_reads_in_place(generation, Hkv, D, D, "bfloat16", Hq, Q=8)
+@pytest.mark.parametrize(("generation", "case"), tiered(_SCHEDULED, _DIAGONAL), ids=str)
+def test_scheduled_cases(generation: str, case: Scheduled) -> None:
+    """What benchmarks/tpu_schedule.py reads the schedules of."""
+    _assert_reads_in_place(generation, case.Hkv, case.D, case.D, "bfloat16", case.Hq, Q=case.Q)
 
 
 @pytest.mark.parametrize(

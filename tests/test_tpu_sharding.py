@@ -1,7 +1,6 @@
 """Compiled for four TPU devices: one kernel on local shapes, and the cache stays where it is."""
 
 import functools
-import re
 from typing import Any
 
 import jax
@@ -11,20 +10,17 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from jax_ragged import merge_partials, ragged_attention
+from programs import collectives, devices, made
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.optimized
 
 B, Hq, S, D = 4, 16, 1024, 128
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
 @functools.cache
 def _devices() -> Any:
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return np.array(topology.devices).reshape(2, 2)
+    return np.array(devices("v5e")).reshape(2, 2)
 
 
 def _mesh(kind: AxisType) -> Mesh:
@@ -55,10 +51,6 @@ def _text(mesh: Mesh, fun: Any, operands: list[Any]) -> str:
     return str(compiled.as_text())
 
 
-def _count(text: str, operation: str) -> int:
-    return len(re.findall(rf"\b{operation}(?:-start)?\(", text))
-
-
 def _kernels(text: str) -> int:
     return text.count('custom_call_target="tpu_custom_call"')
 
@@ -66,8 +58,7 @@ def _kernels(text: str) -> int:
 def _assert_cache_stays(text: str, Hkv: int) -> None:
     """No copy or transpose makes anything of the size of a shard of the cache."""
     shard = B // 2 * S * max(Hkv // 2, 1) * D
-    for shape in re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", text):
-        assert np.prod([int(n) for n in shape.split(",")]) < shard
+    assert [line for size, line in made(text, "copy", "transpose") if size >= shard] == []
 
 
 def _attend(kind: str, mesh: Mesh, Hkv: int) -> Any:
@@ -91,8 +82,7 @@ def test_forward(kind: str, Hkv: int) -> None:
     assert _kernels(text) == 1
     assert f"bf16[2,1024,{2 if Hkv == 4 else 1},128]" in text
     _assert_cache_stays(text, Hkv)
-    for collective in COLLECTIVES:
-        assert _count(text, collective) == 0
+    assert collectives(text) == {}
 
 
 @pytest.mark.parametrize("Hkv", [4, 1])
@@ -109,9 +99,7 @@ def test_reverse(kind: str, Hkv: int) -> None:
     operands = _operands(mesh, Hkv, _specs(Hkv))
     text = _text(mesh, pull, [*operands, operands[0]])
     assert _kernels(text) == 2
-    assert (_count(text, "all-reduce") > 0) == (Hkv == 1)
-    for collective in COLLECTIVES:
-        assert collective == "all-reduce" or _count(text, collective) == 0
+    assert set(collectives(text)) == ({"all-reduce"} if Hkv == 1 else set())
 
 
 def test_without_partition() -> None:
@@ -135,6 +123,6 @@ def test_sequence_over_devices() -> None:
     run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
     text = _text(mesh, run, _operands(mesh, 4, specs))
     assert _kernels(text) == 1
-    assert 1 <= _count(text, "all-reduce") <= 3
-    for collective in COLLECTIVES:
-        assert collective == "all-reduce" or _count(text, collective) == 0
+    found = collectives(text)
+    assert 1 <= found.pop("all-reduce") <= 3
+    assert found == {}
