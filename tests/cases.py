@@ -193,11 +193,15 @@ def ids(cases: Iterable[Case]) -> list[str]:
 
 
 def tiered(rows: Iterable[Any], default: Collection[Any]) -> list[Any]:
-    """Rows of a parametrised test, of which those that are not in default are in the full tier."""
+    """Rows of a parametrised test, of which those that are not in default are in the full tier.
+
+    A row is a tuple of arguments, or a single argument that is no tuple.
+    """
     return [
-        row
-        if row in default
-        else pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.full)
+        pytest.param(
+            *(row if isinstance(row, tuple) else (row,)),
+            marks=[] if row in default else [pytest.mark.full],
+        )
         for row in rows
     ]
 

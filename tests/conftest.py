@@ -27,6 +27,7 @@ import jax
 import pytest
 
 import lowerings
+import programs
 
 # Eight CPU devices stand for a mesh; what is not sharded runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -85,11 +86,8 @@ def compilation(request: pytest.FixtureRequest) -> Iterator[None]:
 
     They are most of a small test's time, and none of its point.
     """
-    before = jax.config.read("jax_disable_most_optimizations")
-    fast = request.node.get_closest_marker("optimized") is None
-    jax.config.update("jax_disable_most_optimizations", fast)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with programs.optimisations(request.node.get_closest_marker("optimized") is not None):
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -196,14 +196,44 @@ _TPU_VALUES = (
     "tiles_bfloat16",
 )
 
+# Windows of every kind, each way that heads and queries stand, dtypes, and sizes of accelerators.
+# test_cpu runs all cases through the CPU's blocks in the default tier.
+_DEFAULT = (
+    "windows",
+    "empty_windows",
+    "past_the_end",
+    "before_the_start",
+    "mqa",
+    "queries",
+    "queries_mixed",
+    "value_head_dim",
+    "no_positions",
+    "no_queries",
+    "block_divides",
+    "soft_cap_scale",
+    "large_logits",
+    "bfloat16_queries",
+    "float16",
+    "float64",
+    "tiles_bfloat16",
+)
+_TPU_DEFAULT = (
+    "windows",
+    "queries",
+    "no_positions",
+    "bfloat16_queries",
+    "float64",
+    "tiles_bfloat16",
+)
+
 RUNNERS: tuple[Runner, ...] = (
     Definition(
         "definition",
         derivatives=("gqa", "empty_windows", "queries", "soft_cap_scale", "bfloat16", "float64"),
     ),
-    Reference("reference", implementation="reference"),
-    Cpu("cpu"),
-    Tpu("tpu", _TPU_VALUES, _TPU_DERIVATIVES),
+    Reference("reference", default=_DEFAULT, implementation="reference"),
+    Cpu("cpu", default=_DEFAULT),
+    Tpu("tpu", _TPU_VALUES, _TPU_DERIVATIVES, default=_TPU_DEFAULT),
     Gpu("gpu"),
 )
 

@@ -3,6 +3,7 @@
 `test_programs.py` shows every reader a program in which it finds what other tests miss.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -110,6 +111,17 @@ def cache_sized(program: Any, elements: int) -> list[str]:
     return [line for size, line in made(program.as_text(), *MOVES) if size >= elements]
 
 
+@contextlib.contextmanager
+def optimisations(on: bool) -> Iterator[None]:
+    """Whether XLA makes its expensive optimisations, as it does for users."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", not on)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @functools.cache
 def devices(generation: str) -> Any:
     """The devices of a generation's topology, for which programs can be compiled."""
@@ -141,14 +153,12 @@ def compile_call(
         return ragged_attention(*operands, implementation="kernel", **params)
 
     Dv = D if Dv is None else Dv
-    return (
-        jax.jit(transform(call))
-        .lower(
-            array((B, Q, Hq, D), dtype),
-            array((B, S, Hkv, D), dtype),
-            array((B, S, Hkv, Dv), dtype),
-            array((B, Q), jnp.int32),
-            array((B, Q), jnp.int32),
-        )
-        .compile()
+    lowered = jax.jit(transform(call)).lower(
+        array((B, Q, Hq, D), dtype),
+        array((B, S, Hkv, D), dtype),
+        array((B, S, Hkv, Dv), dtype),
+        array((B, Q), jnp.int32),
+        array((B, Q), jnp.int32),
     )
+    with optimisations(True):
+        return lowered.compile()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 import cases
 import oracle
-from cases import CASES, Case, assert_close, assert_results, poison, tolerance
+from cases import CASES, Case, assert_close, assert_results, poison, tiered, tolerance
 from jax_ragged import ragged_attention
 from jax_ragged.lowering._compat import CPU_THREADS_DOTS
 from programs import compiled_text, made, temporary_bytes
@@ -79,11 +80,13 @@ def _jvp(q: Any, k: Any, v: Any, lengths: Any) -> Any:
 
 
 PROGRAMS = {"forward": _forward, "jvp": _jvp, "grad_query": _grad((0,)), "grad": _grad((0, 1, 2))}
+DTYPES = ("float32", "bfloat16", "float16")
+COMPILED = list(itertools.product(PROGRAMS, DTYPES))
+BY_HEADS = list(itertools.product(DTYPES, (4, 16)))
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("program", "dtype"), tiered(COMPILED, COMPILED[::2]))
 def test_memory_does_not_grow_with_the_cache(program: str, dtype: str) -> None:
     # A whole cache widened or copied, or logits of the whole sequence, would show here.
     function = PROGRAMS[program]
@@ -97,8 +100,7 @@ def test_memory_does_not_grow_with_the_cache(program: str, dtype: str) -> None:
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("Hkv", [4, 16])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("dtype", "Hkv"), tiered(BY_HEADS, BY_HEADS[::3] + BY_HEADS[4:5]))
 def test_no_copy_of_the_cache(dtype: str, Hkv: int) -> None:
     operands = _operands(4096, dtype, Hkv, Hq=max(8, Hkv))
     hlo = compiled_text(_forward, *operands)
@@ -109,8 +111,7 @@ def test_no_copy_of_the_cache(dtype: str, Hkv: int) -> None:
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("Hkv", [4, 16])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("dtype", "Hkv"), tiered(BY_HEADS, BY_HEADS[::3] + BY_HEADS[4:5]))
 def test_each_block_is_written_once(dtype: str, Hkv: int) -> None:
     T = 50
 
@@ -131,9 +132,11 @@ def test_few_rows_wake_no_threads(Hq: int) -> None:
     assert "kind=kCustom" not in hlo
 
 
+LAYERS = list(itertools.product((1, 2), DTYPES))
+
+
 @pytest.mark.optimized
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("layers", "dtype"), tiered(LAYERS, [LAYERS[1], LAYERS[3]]))
 def test_gradients_of_the_cache_are_not_copied(dtype: str, layers: int) -> None:
     # Each starts as zeros of its own, not as a copy of zeros that another also needs.
     def loss(q: Any, k: Any, v: Any, lengths: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import sharded
-from cases import Case, assert_results, ids
+from cases import Case, assert_results, ids, tiered
 from derivatives import op, pullback, pushforward
 from jax_ragged import ragged_attention
 from programs import collectives, compiled_text
@@ -58,7 +58,7 @@ def test_forward_mode(mesh: Any, case: Case) -> None:
     sharded.assert_tangents(actual, case, tangents)
 
 
-@cases
+@pytest.mark.parametrize("case", tiered(CASES, [MQA]), ids=ids(CASES))
 def test_second_order(mesh: Any, case: Case) -> None:
     """The plain form of higher orders is split as the kernels are."""
 

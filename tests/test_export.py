@@ -14,7 +14,7 @@ from jax import export
 from jax.sharding import AxisType, PartitionSpec as P
 
 import sharded
-from cases import Case, assert_results, ids
+from cases import Case, assert_results, ids, tiered
 from derivatives import op, pullback
 from jax_ragged import RaggedAttention, ragged_attention
 
@@ -51,6 +51,7 @@ def test_differentiated(case: Case) -> None:
     sharded.assert_gradients(grads, case)
 
 
+@pytest.mark.full
 def test_second_order() -> None:
     case = CASES[0]
     operands = sharded.operands(case)
@@ -112,7 +113,7 @@ SYMBOLIC = {
 }
 
 
-@pytest.mark.parametrize("name", SYMBOLIC)
+@pytest.mark.parametrize("name", tiered(SYMBOLIC, ["sequence", "heads_gqa", "all"]))
 def test_symbolic_shapes(name: str) -> None:
     """One module for every size: called and differentiated at two."""
     query, cache, windows = SYMBOLIC[name]

@@ -10,11 +10,16 @@ import pytest
 from jax.test_util import check_grads
 
 import oracle
-from cases import SMALL, SMALL_QUERIES, Case, Operands, assert_close, double, poison
+from cases import SMALL, SMALL_QUERIES, Case, Operands, assert_close, double, poison, tiered
 from derivatives import ALL, WRT, op, pullback
 from jax_ragged.primitives._signature import DIFFERENTIABLE, RESULTS, names
 from lowerings import RUNNERS, Runner
 from programs import counts, equations, largest_made
+
+
+def _id(x: Any) -> str:
+    return "".join(map(str, map(int, x))) if isinstance(x[0], bool) else str(x)
+
 
 GIVEN = [g for g in itertools.product((False, True), repeat=3) if any(g)]
 
@@ -35,8 +40,12 @@ def _assert_grads(
         assert_close(got, expected[i], tol, name=name, scale=1 + np.abs(expected[i]).max())
 
 
-@pytest.mark.parametrize("given", GIVEN, ids=lambda g: "".join(map(str, map(int, g))))
-@pytest.mark.parametrize("wrt", WRT, ids=str)
+SUBSETS = list(itertools.product(WRT, GIVEN))
+
+
+@pytest.mark.parametrize(
+    ("wrt", "given"), tiered(SUBSETS, [s for s in SUBSETS if s[0] == ALL or all(s[1])]), ids=_id
+)
 def test_subsets(x64: None, wrt: tuple[int, ...], given: tuple[bool, ...]) -> None:
     case = double(SMALL_QUERIES)
     operands = case.operands()
@@ -75,8 +84,12 @@ def test_query_alone_makes_nothing_of_the_size_of_the_cache() -> None:
     assert operands.query.size < operands.key.size
 
 
+@pytest.mark.full
 def test_check_grads(x64: None) -> None:
-    """Against finite differences, in both modes and their mixtures, to order 3."""
+    """Against finite differences, in both modes and their mixtures, to order 3.
+
+    The default tier has order 2 against the oracle: test_jvp_vjp and test_jacobians.
+    """
     sizes: dict[str, Any] = {"Q": 2, "Hq": 2, "Hkv": 1, "S": 3, "D": 2, "Dv": 2}
     case = double(Case("third", ((3, 2),), ((0, 1),), **sizes, logits_soft_cap=1.5))
     operands = case.operands()

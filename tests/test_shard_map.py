@@ -10,14 +10,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import sharded
-from cases import Case, assert_results, ids
+from cases import Case, assert_results, ids, tiered
 from derivatives import op, pullback, pushforward
 from jax_ragged import ragged_attention
 from jax_ragged.lowering._compat import varying_axes
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.primitives import ragged_attention_p
 from programs import collectives, compiled_text, equations
-from sharded import CASES, GQA
+from sharded import CASES, GQA, MQA
 
 cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 
@@ -61,7 +61,7 @@ def test_derivatives_inside_of_it(mesh: Any, case: Case) -> None:
     sharded.assert_gradients(actual, case)
 
 
-@cases
+@pytest.mark.parametrize("case", tiered(CASES, [MQA]), ids=ids(CASES))
 def test_second_order(mesh: Any, case: Case) -> None:
     operands = sharded.operands(case)
 
@@ -160,7 +160,7 @@ def test_primitive_rejects_operands_that_vary_differently(mesh: Any) -> None:
         jax.jit(run)(*sharded.operands(CASES[0]))
 
 
-@cases
+@pytest.mark.parametrize("case", tiered(CASES, [GQA]), ids=ids(CASES))
 def test_tpu_kernels(mesh: Any, case: Case) -> None:
     """Unchecked: JAX's interpreter has no rules for index maps of values that vary.
 

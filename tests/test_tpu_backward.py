@@ -1,6 +1,7 @@
 """The TPU kernels of the derivatives: interpreted against the oracle, compiled by libtpu."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import oracle
 from benchmarks.tpu_cases import TOPOLOGIES
-from cases import Case, assert_close, ids, poison
+from cases import Case, assert_close, ids, poison, tiered
 from derivatives import ALL, op, pullback, pushforward
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.params import RaggedAttentionParams
@@ -70,6 +71,9 @@ CASES = (
     ),
 )
 
+# Of the default tier: tokens and sequences last, tiles of lanes, queries.
+DEFAULT = [c for c in CASES if c.name in ("tokens", "mixed_tiles", "queries_sequence", "soft_cap")]
+
 # Sums over up to 256 products in float32, and the cancellation of z' with delta.
 TOLERANCE = 4e-6
 
@@ -105,7 +109,7 @@ def _folded_shapes(case: Case) -> list[tuple[int, ...]]:
     return [(case.B, case.Q or 1, case.Hq, case.D), (*cache, case.D), (*cache, case.Dv)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", tiered(CASES, DEFAULT), ids=ids(CASES))
 def test_vjp(case: Case, interpreted: None) -> None:
     _assert_vjp(case)
 
@@ -131,7 +135,7 @@ def test_bits_do_not_depend_on_when_copies_happen(case: Case) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", tiered(CASES, DEFAULT), ids=ids(CASES))
 def test_jvp(case: Case, interpreted: None) -> None:
     _assert_jvp(case)
 
@@ -147,8 +151,11 @@ def _assert_jvp(case: Case) -> None:
         assert_close(x, y, TOLERANCE, scale=1 + float(np.abs(y).max()), name=name)
 
 
-@pytest.mark.parametrize("given", [(True, False, False), (False, True, False), (False, True, True)])
-@pytest.mark.parametrize("wrt", [(0,), (1,), (2,), (0, 2)])
+GIVEN = ((True, False, False), (False, True, False), (False, True, True))
+SUBSETS = list(itertools.product(((0,), (1,), (2,), (0, 2)), GIVEN))
+
+
+@pytest.mark.parametrize(("wrt", "given"), tiered(SUBSETS, SUBSETS[::4]))
 def test_subsets(wrt: tuple[int, ...], given: tuple[bool, ...]) -> None:
     case = CASES[0]
     operands = case.operands()
@@ -315,7 +322,6 @@ def _jvp(call: Any) -> Any:
     return tangents
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("generation", "sizes", "derivative"),
     [("v5e", sizes, _vjp) for sizes in SIZES]

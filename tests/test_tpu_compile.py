@@ -10,8 +10,6 @@ from benchmarks.tpu_cases import SCHEDULED, TOPOLOGIES, Scheduled
 from cases import pairwise, tiered
 from programs import cache_sized, compile_call
 
-pytestmark = pytest.mark.optimized
-
 HEADS = (1, 2, 4, 8, 16, 32)
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 DTYPES = ("bfloat16", "float32")

@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # no public 
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cases import Case, Operands, assert_results, ids, poison
+from cases import Case, Operands, assert_results, ids, poison, tiered
 from jax_ragged import RaggedAttention, Unsupported, ragged_attention
 from jax_ragged.lowering import tpu
 from jax_ragged.lowering.dispatch import Target
@@ -134,7 +134,23 @@ def _no_race() -> bool:
     return races is not None and not races.races_found
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+DEFAULT = (
+    "compact",
+    "mha_scaled",
+    "tiles_of_lanes",
+    "one_head",
+    "tiles_to_tokens",
+    "queries_mixed",
+    "soft_cap",
+    "bfloat16_tiles",
+    "short_cache",
+    "all_empty",
+)
+
+
+@pytest.mark.parametrize(
+    "case", tiered(CASES, [c for c in CASES if c.name in DEFAULT]), ids=ids(CASES)
+)
 def test_values(case: Case) -> None:
     """Values, with NaN in the cache outside of the windows, and no race."""
     operands = case.operands()
@@ -145,7 +161,7 @@ def test_values(case: Case) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["compact", "queries", "sequence"])
+@pytest.mark.parametrize("name", tiered(["compact", "queries", "sequence"], ["queries"]))
 def test_same_bits(name: str, mode: str) -> None:
     """The same bits from run to run, whenever the DMAs happen, whatever is outside."""
     case = next(c for c in CASES if c.name == name)
@@ -157,7 +173,7 @@ def test_same_bits(name: str, mode: str) -> None:
     assert _no_race()
 
 
-@pytest.mark.parametrize("block_size", [64, 128, 192, 4096])
+@pytest.mark.parametrize("block_size", tiered([64, 128, 192, 4096], [192]))
 def test_block_sizes(block_size: int) -> None:
     """Any block size that the layout allows gives the answer."""
     case = dataclasses.replace(CASES[0], block_size=block_size)
@@ -179,17 +195,20 @@ def by_head(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "compact",
-        "mha",
-        "tiles_of_lanes",
-        "heads_by_eight",
-        "not_dividing_the_lanes",
-        "one_head",
-        "queries",
-        "bfloat16",
-        "bfloat16_tiles",
-    ],
+    tiered(
+        [
+            "compact",
+            "mha",
+            "tiles_of_lanes",
+            "heads_by_eight",
+            "not_dividing_the_lanes",
+            "one_head",
+            "queries",
+            "bfloat16",
+            "bfloat16_tiles",
+        ],
+        ["heads_by_eight", "bfloat16"],
+    ),
 )
 def test_by_head(name: str, by_head: None) -> None:
     """The heads of a token, read by strided loads, in blocks of 128."""
