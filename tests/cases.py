@@ -230,10 +230,28 @@ def poison(operands: Operands) -> Operands:
     return Operands(query, key, value, lengths, starts)
 
 
+# Tolerances of assert_close, for operands of unit scale and the sizes of this table.
+# A result in float32: some tens of products, sums and exponentials, each rounded by 6e-8 of its
+# size.
+FLOAT32 = 1e-6
+# A derivative in float32: it has products of the logits' derivatives with differences of values,
+# and so twice the error of a result.
+FLOAT32_DERIVATIVE = 2 * FLOAT32
+# Two results in float32 that were summed in different orders (over shards, over parts, by another
+# program), or a result whose terms were summed over a mesh: both have errors, which add up.
+FLOAT32_SUMMED = 1e-5
+# A result or derivative in float64: rounded by 1e-16 where float32 is by 6e-8, with room for the
+# terms of a derivative that cancel.
+FLOAT64 = 1e-13
+# A derivative of a derivative in float64, whose terms have three more factors and cancel again.
+FLOAT64_SECOND = 1e-12
+# An inner product of such derivatives, relative to itself: its terms cancel too.
+FLOAT64_INNER = 1e-11
+
 # What rounding to a narrow dtype may add, relative to the largest value: half a unit in the last
 # place for the probabilities, and once more for the result.
 _ROUNDING = {"bfloat16": 2 * 2.0**-8, "float16": 2 * 2.0**-11, "float32": 0.0, "float64": 0.0}
-_ARITHMETIC = {"bfloat16": 1e-6, "float16": 1e-6, "float32": 1e-6, "float64": 2e-15}
+_ARITHMETIC = {"bfloat16": FLOAT32, "float16": FLOAT32, "float32": FLOAT32, "float64": 2e-15}
 
 
 def tolerance(case: Case, narrow: bool = True) -> float:

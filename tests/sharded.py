@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import cases
 import oracle
-from cases import Case
+from cases import FLOAT32_SUMMED, Case
 
 CASES = (
     Case("sharded_mha", (20, 0, 7, 30), (3, 0, 6, -4), Hq=4, Hkv=4, S=20, D=8, Dv=4),
@@ -65,11 +65,11 @@ def assert_gradients(actual: Sequence[Any], case: Case) -> None:
     """Compares gradients by query, key and value for the case's cotangents with the oracle's."""
     expected = oracle.vjp(*case.operands(), case.cotangents(), **case.definition)
     for name, got, want in zip(("query", "key", "value"), actual, expected, strict=True):
-        cases.assert_close(got, want, 1e-5, scale=1 + np.abs(want).max(), name=name)
+        cases.assert_close(got, want, FLOAT32_SUMMED, scale=1 + np.abs(want).max(), name=name)
 
 
 def assert_tangents(actual: Sequence[Any], case: Case, tangents: Sequence[Any]) -> None:
     """Compares tangents of the results with the oracle's."""
     expected = oracle.jvp(*case.operands(), tuple(tangents), **case.definition)
     for name, got, want in zip(("out", "max_logits", "denominator"), actual, expected, strict=True):
-        cases.assert_close(got, want, 1e-5, scale=1 + np.abs(want).max(), name=name)
+        cases.assert_close(got, want, FLOAT32_SUMMED, scale=1 + np.abs(want).max(), name=name)

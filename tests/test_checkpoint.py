@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import oracle
-from cases import SMALL_QUERIES, assert_close
+from cases import FLOAT32, FLOAT32_DERIVATIVE, SMALL_QUERIES, assert_close
 from derivatives import op, pullback
 from programs import counts
 
@@ -30,7 +30,7 @@ def test_gradients(policy: Any) -> None:
     expected = oracle.vjp(*operands, bars, **CASE.definition)
     for run in (_gradients(policy), jax.jit(_gradients(policy))):
         for got, want in zip(run(operands, bars), expected, strict=True):
-            assert_close(got, want, 2e-6)
+            assert_close(got, want, FLOAT32_DERIVATIVE)
 
 
 @pytest.mark.parametrize(
@@ -80,4 +80,4 @@ def test_under_vmap_and_scan() -> None:
     saved = jax.checkpoint(layer, policy=SAVED)
     want = jax.grad(loss)(operands.query, layer)
     got = jax.grad(loss)(operands.query, saved)
-    assert_close(got, want, 1e-6)
+    assert_close(got, want, FLOAT32)

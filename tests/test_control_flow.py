@@ -9,7 +9,16 @@ import pytest
 from jax import lax
 
 import oracle
-from cases import SMALL, SMALL_QUERIES, Case, assert_close, assert_results
+from cases import (
+    FLOAT32,
+    FLOAT32_DERIVATIVE,
+    FLOAT64_SECOND,
+    SMALL,
+    SMALL_QUERIES,
+    Case,
+    assert_close,
+    assert_results,
+)
 from derivatives import op
 from programs import counts
 
@@ -51,7 +60,7 @@ def test_decoding_by_scan() -> None:
     want_cache, want_lengths, want_outs = _decoded(*arguments)
     np.testing.assert_array_equal(cache, want_cache)
     np.testing.assert_array_equal(lengths, want_lengths)
-    assert_close(outs, want_outs, 1e-6)
+    assert_close(outs, want_outs, FLOAT32)
     assert counts(_decode, *arguments) == {"ragged_attention": 1}
 
 
@@ -65,7 +74,7 @@ def test_decoding_by_while() -> None:
 
     start = (jnp.asarray(cache), jnp.asarray(lengths), jnp.zeros_like(query))
     out = jax.jit(lambda n, x: lax.fori_loop(0, n, step, x))(STEPS, start)[2]
-    assert_close(out, _decoded(query, cache, lengths, feeds)[2][-1], 1e-6)
+    assert_close(out, _decoded(query, cache, lengths, feeds)[2][-1], FLOAT32)
 
 
 def test_gradient_through_scan(x64: None) -> None:
@@ -88,7 +97,7 @@ def test_gradient_through_scan(x64: None) -> None:
     _, tangent = jax.jvp(loss, (query, feeds), tuple(along))
     # Differences err by step^2 and by rounding / step.
     np.testing.assert_allclose(got, (by_oracle(1e-5) - by_oracle(-1e-5)) / 2e-5, rtol=1e-8)
-    np.testing.assert_allclose(tangent, got, rtol=1e-12)
+    np.testing.assert_allclose(tangent, got, rtol=FLOAT64_SECOND)
 
 
 def test_vmap_of_scan() -> None:
@@ -98,7 +107,7 @@ def test_vmap_of_scan() -> None:
         queries, cache, lengths, feeds
     )
     for i in range(2):
-        assert_close(outs[i], _decoded(queries[i], cache, lengths, feeds)[2], 1e-6)
+        assert_close(outs[i], _decoded(queries[i], cache, lengths, feeds)[2], FLOAT32)
 
 
 def test_vmap_of_while_with_a_mapped_condition() -> None:
@@ -118,7 +127,7 @@ def test_vmap_of_while_with_a_mapped_condition() -> None:
         want = oracle.attention(
             *operands[:3], operands.lengths + last, operands.starts, **SMALL.definition
         )
-        assert_close(got, want.out, 1e-6)
+        assert_close(got, want.out, FLOAT32)
 
 
 @pytest.mark.parametrize("case", [SMALL, SMALL_QUERIES], ids=lambda c: c.name)
@@ -146,7 +155,7 @@ def test_gradient_of_cond() -> None:
 
     grad = jax.jit(jax.grad(loss))
     want = oracle.vjp(*operands, (bars[0], None, None), **SMALL.definition).query
-    assert_close(grad(operands.query, True), want, 2e-6)
+    assert_close(grad(operands.query, True), want, FLOAT32_DERIVATIVE)
     assert_close(grad(operands.query, False)[..., :3], bars[0], 0)
 
 
@@ -157,7 +166,7 @@ def test_switch() -> None:
     run = jax.jit(lambda i: lax.switch(i, branches, *operands))
     for i, scale in enumerate(scales):
         want = oracle.attention(*operands, softmax_scale=scale)
-        assert_close(run(i)[0], want.out, 1e-6)
+        assert_close(run(i)[0], want.out, FLOAT32)
 
 
 def test_map() -> None:
@@ -171,4 +180,4 @@ def test_map() -> None:
         )(queries)
         for query, out in zip(queries, outs, strict=True):
             want = oracle.attention(query, *operands[1:], **SMALL.definition)
-            assert_close(out, want.out, 1e-6)
+            assert_close(out, want.out, FLOAT32)

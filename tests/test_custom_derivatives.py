@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import oracle
-from cases import SMALL, assert_close
+from cases import FLOAT32, FLOAT32_DERIVATIVE, SMALL, assert_close
 from derivatives import op
 
 OPERANDS, BARS = SMALL.operands(), SMALL.cotangents()
@@ -51,10 +51,10 @@ def test_rule_around_the_op(fun: Any, factor: float) -> None:
     def loss(query: Any) -> Any:
         return jnp.vdot(fun(query), BARS[0])
 
-    assert_close(fun(OPERANDS.query), SMALL.expected().out, 1e-6)
-    assert_close(jax.jit(jax.grad(loss))(OPERANDS.query), factor * _grad(), 2e-6)
+    assert_close(fun(OPERANDS.query), SMALL.expected().out, FLOAT32)
+    assert_close(jax.jit(jax.grad(loss))(OPERANDS.query), factor * _grad(), FLOAT32_DERIVATIVE)
     both = jax.vmap(jax.grad(loss))(np.stack([OPERANDS.query, OPERANDS.query]))
-    assert_close(both, factor * np.stack([_grad(), _grad()]), 2e-6)
+    assert_close(both, factor * np.stack([_grad(), _grad()]), FLOAT32_DERIVATIVE)
 
 
 def test_rule_inside_of_the_op() -> None:
@@ -69,7 +69,7 @@ def test_rule_inside_of_the_op() -> None:
     def loss(query: Any) -> Any:
         return jnp.vdot(op(SMALL)(scaled(query), *OPERANDS[1:])[0], BARS[0])
 
-    assert_close(jax.grad(loss)(OPERANDS.query), 5 * _grad(), 2e-6)
+    assert_close(jax.grad(loss)(OPERANDS.query), 5 * _grad(), FLOAT32_DERIVATIVE)
 
 
 def test_stop_gradient() -> None:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 import oracle
-from cases import SMALL_QUERIES, assert_close, assert_results
+from cases import FLOAT32, FLOAT32_DERIVATIVE, SMALL_QUERIES, assert_close, assert_results
 from derivatives import op, pullback, pushforward
 
 CASE = SMALL_QUERIES
@@ -20,9 +20,9 @@ def test_values_and_derivatives() -> None:
         grads = pullback(op(CASE))(operands, bars)
         dots = pushforward(op(CASE))(operands, moved)
     for got, want in zip(grads, oracle.vjp(*operands, bars, **CASE.definition), strict=True):
-        assert_close(got, want, 2e-6)
+        assert_close(got, want, FLOAT32_DERIVATIVE)
     for got, want in zip(dots, oracle.jvp(*operands, moved, **CASE.definition), strict=True):
-        assert_close(got, want, 2e-6)
+        assert_close(got, want, FLOAT32_DERIVATIVE)
 
 
 def test_vmap_and_scan() -> None:
@@ -37,5 +37,5 @@ def test_vmap_and_scan() -> None:
         _, scanned = jax.lax.scan(lambda c, q: (c, attend(q)), None, queries)
     for i, query in enumerate(queries):
         want = oracle.attention(query, *operands[1:], **CASE.definition).out
-        assert_close(mapped[i], want, 1e-6)
-        assert_close(scanned[i], want, 1e-6)
+        assert_close(mapped[i], want, FLOAT32)
+        assert_close(scanned[i], want, FLOAT32)

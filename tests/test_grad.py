@@ -10,7 +10,18 @@ import pytest
 from jax.test_util import check_grads
 
 import oracle
-from cases import SMALL, SMALL_QUERIES, Case, Operands, assert_close, double, poison, tiered
+from cases import (
+    FLOAT32,
+    FLOAT64,
+    SMALL,
+    SMALL_QUERIES,
+    Case,
+    Operands,
+    assert_close,
+    double,
+    poison,
+    tiered,
+)
 from derivatives import ALL, WRT, op, pullback
 from jax_ragged.primitives._signature import DIFFERENTIABLE, RESULTS, names
 from lowerings import RUNNERS, Runner
@@ -53,7 +64,7 @@ def test_subsets(x64: None, wrt: tuple[int, ...], given: tuple[bool, ...]) -> No
     asked = tuple(c if g else None for c, g in zip(bars, given, strict=True))
     run = pullback(_only(case, given), wrt)
     grads = run(operands, tuple(c for c in asked if c is not None))
-    _assert_grads(grads, case, operands, asked, wrt, 1e-13)
+    _assert_grads(grads, case, operands, asked, wrt, FLOAT64)
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=lambda g: "".join(map(str, map(int, g))))
@@ -109,15 +120,15 @@ def test_grad_of_a_scalar(x64: None) -> None:
         return jnp.vdot(op(case)(query, key, value, *operands[3:])[0], bars[0])
 
     value, grads = jax.value_and_grad(loss, ALL)(*operands[:3])
-    np.testing.assert_allclose(value, np.vdot(case.expected().out, bars[0]), rtol=1e-13)
-    _assert_grads(grads, case, operands, (bars[0], None, None), ALL, 1e-13)
+    np.testing.assert_allclose(value, np.vdot(case.expected().out, bars[0]), rtol=FLOAT64)
+    _assert_grads(grads, case, operands, (bars[0], None, None), ALL, FLOAT64)
 
 
 def test_padding_of_nan(x64: None) -> None:
     case = double(SMALL_QUERIES)
     operands, bars = case.operands(), case.cotangents()
     grads = pullback(op(case))(poison(operands), bars)
-    _assert_grads(grads, case, operands, bars, ALL, 1e-13)
+    _assert_grads(grads, case, operands, bars, ALL, FLOAT64)
 
 
 def test_empty_windows(x64: None) -> None:
@@ -142,7 +153,7 @@ def test_ties_of_the_maximum(runner: Runner) -> None:
     operands = operands._replace(query=query, key=key)
     with runner.context():
         grads = pullback(runner.bound(case.params))(operands, _like(runner, operands, bars))
-    _assert_grads(grads, case, operands, bars, ALL, 1e-6)
+    _assert_grads(grads, case, operands, bars, ALL, FLOAT32)
 
 
 def _like(runner: Runner, operands: Operands, bars: Any) -> Any:
@@ -154,7 +165,7 @@ def test_shared_starts_of_one_for_all_rows(x64: None) -> None:
     """Without starts the equation has one start for all rows, and gradients do not see it."""
     case = double(Case("no_starts", (4, 2), S=4, Hq=2, Hkv=2, D=3, Dv=2))
     operands, bars = case.operands(), case.cotangents()
-    _assert_grads(pullback(op(case))(operands, bars), case, operands, bars, ALL, 1e-13)
+    _assert_grads(pullback(op(case))(operands, bars), case, operands, bars, ALL, FLOAT64)
 
 
 def test_integer_operands_get_float0() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import oracle
-from cases import SMALL, SMALL_QUERIES, Case, Operands, assert_close
+from cases import FLOAT32_DERIVATIVE, SMALL, SMALL_QUERIES, Case, Operands, assert_close
 from derivatives import ALL, WRT, op, pullback
 from programs import counts, largest_made, temporary_bytes
 
@@ -63,7 +63,7 @@ def test_shared_operands_get_the_sum(case: Case, axes: Any) -> None:
     run = pullback(jax.vmap(op(case), in_axes=axes))
     grads = run(stacked, _bars(case))
     for got, want in zip(grads, _expected(case, axes, examples, _bars(case)), strict=True):
-        assert_close(got, want, 2e-6)
+        assert_close(got, want, FLOAT32_DERIVATIVE)
     assert counts(run, stacked, _bars(case)) == {"ragged_attention": 1, "ragged_attention_vjp": 1}
 
 
@@ -74,7 +74,7 @@ def test_subset_of_operands(wrt: tuple[int, ...]) -> None:
     grads = pullback(jax.vmap(op(SMALL), in_axes=axes), wrt)(stacked, _bars(SMALL))
     expected = _expected(SMALL, axes, examples, _bars(SMALL))
     for i, got in zip(wrt, grads, strict=True):
-        assert_close(got, expected[i], 2e-6)
+        assert_close(got, expected[i], FLOAT32_DERIVATIVE)
 
 
 def test_nested_maps() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import oracle
-from cases import Case, Operands, assert_close, assert_results, poison
+from cases import FLOAT32_DERIVATIVE, Case, Operands, assert_close, assert_results, poison
 from derivatives import op, pullback
 
 # A pool, so that programs are compiled once for each and windows drawn freely.
@@ -45,4 +45,4 @@ def test_gradients(drawn: tuple[Case, Operands]) -> None:
     bars = case.cotangents()
     grads = GRADIENTS[case.name](poison(operands), bars)
     for got, want in zip(grads, oracle.vjp(*operands, bars, **case.definition), strict=True):
-        assert_close(got, want, 2e-6, scale=1 + np.abs(want).max(initial=0))
+        assert_close(got, want, FLOAT32_DERIVATIVE, scale=1 + np.abs(want).max(initial=0))

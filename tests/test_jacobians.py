@@ -10,7 +10,7 @@ import pytest
 
 import cases
 import oracle
-from cases import SMALL, SMALL_QUERIES, Case, double
+from cases import FLOAT64, FLOAT64_SECOND, SMALL, SMALL_QUERIES, Case, double
 from derivatives import ALL, op, oracle_vjp_tangent
 from programs import counts
 
@@ -53,7 +53,7 @@ def test_jacobian(case: Case, mode: Any) -> None:
     run = mode(lambda *moving: op(case)(*moving, *operands[3:]), ALL)
     for got, want in zip(run(*operands[:3]), _jacobian(case), strict=True):
         for x, y in zip(got, want, strict=True):
-            np.testing.assert_allclose(x, y, rtol=0, atol=1e-13 * (1 + np.abs(y).max()))
+            np.testing.assert_allclose(x, y, rtol=0, atol=FLOAT64 * (1 + np.abs(y).max()))
 
 
 def test_jacobian_is_one_equation_of_a_mapped_tangent() -> None:
@@ -103,4 +103,6 @@ def test_hessian(case: Case) -> None:
         for j in ALL:
             want = np.stack([c[j] for c in columns], -1)
             got = np.asarray(actual[j][i]).reshape(want.shape)
-            np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * (1 + np.abs(want).max()))
+            np.testing.assert_allclose(
+                got, want, rtol=0, atol=FLOAT64_SECOND * (1 + np.abs(want).max())
+            )

@@ -9,7 +9,7 @@ import pytest
 
 import cases
 import oracle
-from cases import SMALL, SMALL_QUERIES, Case, assert_close, double
+from cases import FLOAT64, SMALL, SMALL_QUERIES, Case, assert_close, double
 from derivatives import ALL, WRT, op, pushforward
 from jax_ragged.primitives._signature import DIFFERENTIABLE, names
 from programs import counts, equations, largest_made
@@ -29,7 +29,7 @@ def test_subset_of_tangents(case: Case, wrt: tuple[int, ...]) -> None:
     full = tuple(moved[i] if i in wrt else None for i in ALL)
     expected = oracle.jvp(*operands, full, **case.definition)
     for got, want, name in zip(dots, expected, ("out", "max_logits", "denominator"), strict=True):
-        assert_close(got, want, 1e-13, name=name, scale=1 + np.abs(want).max())
+        assert_close(got, want, FLOAT64, name=name, scale=1 + np.abs(want).max())
     assert counts(run, operands, tangents) == {"ragged_attention": 1, "ragged_attention_jvp": 1}
     (eqn,) = [e for e in equations(run, operands, tangents) if "jvp" in e.primitive.name]
     assert eqn.params["wrt"] == tuple(names(DIFFERENTIABLE)[i] for i in wrt)
@@ -55,7 +55,7 @@ def test_integer_operands() -> None:
     _, dots = jax.jvp(op(case), tuple(map(jnp.asarray, operands)), (*moved[:3], *zeros))
     expected = oracle.jvp(*operands, moved[:3], **case.definition)
     for got, want in zip(dots, expected, strict=True):
-        assert_close(got, want, 1e-13)
+        assert_close(got, want, FLOAT64)
 
 
 def test_query_alone_makes_nothing_of_the_size_of_the_cache() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 import cases
 import oracle
-from cases import SMALL, SMALL_QUERIES, Case, double
+from cases import FLOAT64_INNER, FLOAT64_SECOND, SMALL, SMALL_QUERIES, Case, double
 from derivatives import ALL, WRT, op, oracle_vjp_tangent, pullback, pushforward
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -22,7 +22,9 @@ def _inner(xs: Any, ys: Any) -> float:
 
 def _close(actual: Any, expected: Any) -> None:
     for got, want in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * (1 + np.abs(want).max()))
+        np.testing.assert_allclose(
+            got, want, rtol=0, atol=FLOAT64_SECOND * (1 + np.abs(want).max())
+        )
 
 
 @every_case
@@ -63,7 +65,9 @@ def test_vjp_of_jvp(case: Case) -> None:
     _close(tangents_bar, oracle.vjp(*operands, bars, **case.definition))
     zeros = tuple(np.zeros_like(x) for x in bars)
     curved = oracle_vjp_tangent(case, operands, bars, along, zeros)
-    np.testing.assert_allclose(_inner(operands_bar, along), _inner(curved, tangents), rtol=1e-11)
+    np.testing.assert_allclose(
+        _inner(operands_bar, along), _inner(curved, tangents), rtol=FLOAT64_INNER
+    )
 
 
 @every_case
@@ -79,7 +83,9 @@ def test_vjp_of_vjp(case: Case) -> None:
     _close(bars_bar, oracle.jvp(*operands, weights, **case.definition))
     zeros = tuple(np.zeros_like(x) for x in bars)
     curved = oracle_vjp_tangent(case, operands, bars, along, zeros)
-    np.testing.assert_allclose(_inner(operands_bar, along), _inner(curved, weights), rtol=1e-11)
+    np.testing.assert_allclose(
+        _inner(operands_bar, along), _inner(curved, weights), rtol=FLOAT64_INNER
+    )
 
 
 @every_case
@@ -93,7 +99,7 @@ def test_jvp_of_jvp(case: Case) -> None:
     _, actual = jax.jvp(run, operands[:3], second)
     zeros = tuple(np.zeros_like(x) for x in bars)
     curved = oracle_vjp_tangent(case, operands, bars, second, zeros)
-    np.testing.assert_allclose(_inner(actual, bars), _inner(curved, first), rtol=1e-11)
+    np.testing.assert_allclose(_inner(actual, bars), _inner(curved, first), rtol=FLOAT64_INNER)
 
 
 def test_second_order_keeps_the_linear_primitives() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import oracle
-from cases import SMALL, SMALL_QUERIES, Case, assert_close, double
+from cases import FLOAT64, SMALL, SMALL_QUERIES, Case, assert_close, double
 from derivatives import op
 from programs import counts
 
@@ -27,7 +27,7 @@ def test_transpose_of_out(case: Case) -> None:
     transpose = jax.linear_transpose(_of_value(case), operands.value)
     (got,) = transpose(bars[0])
     expected = oracle.vjp(*operands, (bars[0], None, None), **case.definition)
-    assert_close(got, expected.value, 1e-13)
+    assert_close(got, expected.value, FLOAT64)
 
 
 def test_transpose_of_a_mapped_value() -> None:
@@ -39,7 +39,7 @@ def test_transpose_of_a_mapped_value() -> None:
     (got,) = transpose(bars)
     for i in range(3):
         expected = oracle.vjp(*operands, (bars[i], None, None), **case.definition)
-        assert_close(got[:, i], expected.value, 1e-13)
+        assert_close(got[:, i], expected.value, FLOAT64)
 
 
 def test_transpose_of_a_shared_value() -> None:
@@ -56,7 +56,7 @@ def test_transpose_of_a_shared_value() -> None:
         oracle.vjp(q, *operands[1:], (b, None, None), **case.definition).value
         for q, b in zip(queries, bars, strict=True)
     )
-    assert_close(got, expected, 1e-13)
+    assert_close(got, expected, FLOAT64)
 
 
 def test_transpose_is_jitted_and_differentiated() -> None:
@@ -66,7 +66,7 @@ def test_transpose_is_jitted_and_differentiated() -> None:
     assert counts(transpose, bars[0])["ragged_attention_vjp"] == 1
     # The transpose of the transpose is the function.
     (back,) = jax.linear_transpose(transpose, bars[0])(operands.value)
-    assert_close(back, case.expected().out, 1e-13)
+    assert_close(back, case.expected().out, FLOAT64)
 
 
 def test_not_linear_in_query_or_key() -> None:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax.test_util import check_grads
 
 import sharded
-from cases import BY_NAME, Case, assert_close, assert_results, double, ids
+from cases import BY_NAME, FLOAT32, FLOAT64_SECOND, Case, assert_close, assert_results, double, ids
 from derivatives import op, pullback, pushforward
 from jax_ragged import RaggedAttention, merge_partials, ragged_attention
 from programs import collectives, compiled_text
@@ -91,7 +91,7 @@ def test_second_order(x64: None, way: str) -> None:
 
         return jax.jit(jax.hessian(loss))(1.0)
 
-    np.testing.assert_allclose(hessian(_merged(case, way)), hessian(op(case)), rtol=1e-12)
+    np.testing.assert_allclose(hessian(_merged(case, way)), hessian(op(case)), rtol=FLOAT64_SECOND)
 
 
 def _parts(rng: Any, shape: tuple[int, ...], Dv: int, dtype: Any) -> RaggedAttention:
@@ -147,7 +147,7 @@ def test_array_axes(axis: int) -> None:
     for got, want in zip(
         merge_partials(moved, axis=axis), merge_partials(parts, axis=0), strict=True
     ):
-        np.testing.assert_allclose(got, want, rtol=1e-6)
+        np.testing.assert_allclose(got, want, rtol=FLOAT32)
 
 
 def test_merging_is_associative() -> None:
@@ -158,7 +158,7 @@ def test_merging_is_associative() -> None:
     merged = merge_partials(*halves)
     assert isinstance(merged, RaggedAttention)
     for got, want in zip(merged, merge_partials(parts, axis=0), strict=True):
-        assert_close(got, want, 1e-6)
+        assert_close(got, want, FLOAT32)
 
 
 def test_shared_prefix() -> None:
@@ -178,7 +178,7 @@ def test_shared_prefix() -> None:
         ragged_attention(query, whole[0], whole[1], lengths + 8),
         strict=True,
     ):
-        assert_close(got, want, 1e-6)
+        assert_close(got, want, FLOAT32)
 
 
 def test_over_two_mesh_axes() -> None:
@@ -203,7 +203,7 @@ def test_over_the_axis_of_a_vmap() -> None:
     parts = _parts(np.random.default_rng(4), (3, 4), 6, np.float32)
     merged = jax.vmap(lambda *x: tuple(merge_partials(x, axis="parts")), axis_name="parts")(*parts)
     for got, want in zip(merged, merge_partials(parts, axis=0), strict=True):
-        np.testing.assert_allclose(got, np.stack([want] * 3), rtol=1e-6)
+        np.testing.assert_allclose(got, np.stack([want] * 3), rtol=FLOAT32)
 
 
 def test_along_an_explicit_axis() -> None:
@@ -214,7 +214,7 @@ def test_along_an_explicit_axis() -> None:
         placed = RaggedAttention(*(jax.device_put(x, split) for x in parts))
         merged = jax.jit(lambda x: merge_partials(x, axis=0))(placed)
     for got, want in zip(merged, merge_partials(parts, axis=0), strict=True):
-        assert_close(got, want, 1e-6)
+        assert_close(got, want, FLOAT32)
         assert got.sharding.spec[0] == "model"
 
 

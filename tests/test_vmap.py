@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import oracle
-from cases import SMALL, SMALL_QUERIES, Case, Operands, assert_close
+from cases import FLOAT32, SMALL, SMALL_QUERIES, Case, Operands, assert_close
 from derivatives import op
 from jax_ragged.primitives import ragged_attention_p
 from programs import counts, equations, largest_made, temporary_bytes
@@ -57,7 +57,7 @@ def _assert_all_close(actual: Any, expected: Any) -> None:
         # An empty window's max_logits would dwarf the scale of all others.
         empty = want < -1e30
         np.testing.assert_array_equal(np.asarray(got)[empty], want[empty].astype(np.float32))
-        assert_close(np.where(empty, 0, got), np.where(empty, 0, want), 1e-6)
+        assert_close(np.where(empty, 0, got), np.where(empty, 0, want), FLOAT32)
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "".join(map(str, map(int, s))))

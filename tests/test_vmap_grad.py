@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import oracle
-from cases import SMALL, SMALL_QUERIES, Case, Operands, assert_close
+from cases import FLOAT32_DERIVATIVE, SMALL, SMALL_QUERIES, Case, Operands, assert_close
 from derivatives import op, pullback
 from programs import counts
 
@@ -56,7 +56,7 @@ def test_gradients_of_every_example(case: Case, axes: Any) -> None:
     expected = [oracle.vjp(*x, b, **case.definition) for x, b in examples]
     for got, *want in zip(grads, *expected, strict=True):
         # As for one gradient: twice the error of a result.
-        assert_close(got, np.stack(want), 2e-6)
+        assert_close(got, np.stack(want), FLOAT32_DERIVATIVE)
     assert counts(run, operands, bars) == {"ragged_attention": 1, "ragged_attention_vjp": 1}
 
 
@@ -84,5 +84,5 @@ def test_nested() -> None:
         )
         want = oracle.vjp(*example, tuple(b[j] for b in bars), **SMALL.definition)
         for got, expected in zip(grads, want, strict=True):
-            assert_close(got[i, j], expected, 2e-6)
+            assert_close(got[i, j], expected, FLOAT32_DERIVATIVE)
     assert counts(run, operands, bars) == {"ragged_attention": 1, "ragged_attention_vjp": 1}
