@@ -1,9 +1,10 @@
 """jax.export: three platforms from a CPU-only host, gradients, serialisation, symbolic shapes."""
 
-import contextlib
+import dataclasses
 import importlib.util
 import pathlib
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -79,6 +80,24 @@ def test_kernels_are_in_it() -> None:
         assert f"ragged_attention_forward_{marker}" in lowered.as_text(debug_info=True)
 
 
+def test_block_size_that_one_platform_refuses() -> None:
+    """Other platforms keep their kernels; that one gets the reference, and a warning says so."""
+    case = dataclasses.replace(CASES[0], S=300, lengths=(300, 0, 129), block_size=100)
+    operands = sharded.operands(case)
+    advice = r"on tpu: block_size=100 is no multiple of 64.* Pass block_size=64 or 128"
+    with pytest.warns(UserWarning, match=advice):
+        exported = export.export(jax.jit(op(case)), platforms=("cpu", "tpu"))(*operands)
+    assert "tpu_custom_call" not in exported.mlir_module()
+    for platform, ran in (("cpu", "cpu_kernel"), ("tpu", "reference")):
+        with pytest.warns(UserWarning, match=advice) if ran == "reference" else nullcontext():
+            lowered = jax.jit(op(case)).trace(*operands).lower(lowering_platforms=(platform,))
+        assert f"ragged_attention_forward_{ran}" in lowered.as_text(debug_info=True)
+    assert_results(jax.jit(exported.call)(*operands), case)
+    asked = export.export(jax.jit(op(case, implementation="kernel")), platforms=("cpu", "tpu"))
+    with pytest.raises(NotImplementedError, match=advice):
+        asked(*operands)
+
+
 @pytest.mark.parametrize("partitioned", [False, True])
 def test_hopper_kernel_where_asked_for(partitioned: bool) -> None:
     """Without a device the kind of GPU is not known: the kernel is in the module on request.
@@ -92,7 +111,7 @@ def test_hopper_kernel_where_asked_for(partitioned: bool) -> None:
     run = jax.jit(lambda *x: ragged_attention(*x, implementation="kernel", partition=partition))
     checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     mesh = sharded.make_mesh(AxisType.Auto) if partitioned else None
-    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    with jax.set_mesh(mesh) if mesh else nullcontext():
         exported = export.export(run, platforms=("cuda",), disabled_checks=checks)(
             query, cache, cache, lengths
         )
