@@ -322,6 +322,28 @@ def _jvp(call: Any) -> Any:
     return tangents
 
 
+def _assert_no_copies(
+    generation: str, sizes: tuple[int, ...], derivative: Callable[[Any], Any], dtype: str
+) -> None:
+    """The cotangents of the cache are its size; nothing else is."""
+    Hq, Hkv, D, Dv = sizes
+    B, S = 4, 2048
+    program = compile_call(
+        generation, Hq=Hq, Hkv=Hkv, D=D, Dv=Dv, dtype=dtype, B=B, S=S, transform=derivative
+    )
+    assert f"ragged_attention_{derivative.__name__[1:4]}" in program.as_text()
+    assert cache_sized(program, B * S * Hkv * min(D, Dv) // 2) == []
+    # Rows of queries and partial results of two cores in float32, padded to 128 lanes, and
+    # statistics by lane.
+    lanes = sum(-(-n // 128) * 128 for n in (D, Dv))
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes <= 6 * B * max(Hq, 8 * Hkv) * 4 * lanes + 2**18
+    caches = B * S * Hkv * (D + Dv) * jnp.dtype(dtype).itemsize
+    written = memory.output_size_in_bytes
+    assert (written >= caches) == (derivative is _vjp)
+    assert written <= caches * (derivative is _vjp) + B * Hq * (lanes + 256) * 4
+
+
 @pytest.mark.parametrize(
     ("generation", "sizes", "derivative"),
     [("v5e", sizes, _vjp) for sizes in SIZES]
@@ -332,18 +354,31 @@ def _jvp(call: Any) -> Any:
 def test_compiles_without_copies(
     generation: str, sizes: tuple[int, ...], derivative: Callable[[Any], Any]
 ) -> None:
-    """The cotangents of the cache are its size; nothing else is."""
-    Hq, Hkv, D, Dv = sizes
-    B, S = 4, 2048
-    program = compile_call(generation, Hq=Hq, Hkv=Hkv, D=D, Dv=Dv, B=B, S=S, transform=derivative)
-    assert f"ragged_attention_{derivative.__name__[1:4]}" in program.as_text()
-    assert cache_sized(program, B * S * Hkv * min(D, Dv) // 2) == []
-    # Rows of queries and partial results of two cores in float32, padded to 128 lanes, and
-    # statistics by lane.
-    lanes = sum(-(-n // 128) * 128 for n in (D, Dv))
-    memory = program.memory_analysis()
-    assert memory.temp_size_in_bytes <= 6 * B * max(Hq, 8 * Hkv) * 4 * lanes + 2**18
-    caches = B * S * Hkv * (D + Dv) * 2
-    written = memory.output_size_in_bytes
-    assert (written >= caches) == (derivative is _vjp)
-    assert written <= caches * (derivative is _vjp) + B * Hq * (lanes + 256) * 4
+    _assert_no_copies(generation, sizes, derivative, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("generation", "sizes", "derivative", "dtype"),
+    [
+        # Refused while the matrices between different columns were counted twice.
+        ("v4", (16, 16, 64, 128), _vjp, "bfloat16"),
+        ("v4", (16, 16, 128, 64), _jvp, "bfloat16"),
+        ("v4", (32, 8, 192, 256), _vjp, "float32"),
+        ("v5p", (32, 32, 64, 256), _jvp, "float32"),
+        # With larger blocks than then.
+        ("v4", (16, 4, 192, 128), _jvp, "float32"),
+        ("v5e", (8, 2, 64, 256), _vjp, "bfloat16"),
+        ("v5e", (4, 1, 128, 64), _jvp, "float32"),
+        ("v5p", (8, 2, 64, 128), _vjp, "bfloat16"),
+        ("v6e", (8, 2, 128, 256), _vjp, "bfloat16"),
+        ("v6e", (4, 1, 64, 128), _jvp, "float32"),
+        ("7x", (32, 8, 64, 128), _vjp, "bfloat16"),
+        ("7x", (4, 1, 256, 128), _jvp, "float32"),
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_different_head_dims_compile(
+    generation: str, sizes: tuple[int, ...], derivative: Callable[[Any], Any], dtype: str
+) -> None:
+    """Keys and values in different columns, on every generation."""
+    _assert_no_copies(generation, sizes, derivative, dtype)

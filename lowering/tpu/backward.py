@@ -18,7 +18,7 @@ from jax_ragged.lowering.tpu.call import Call, readings
 from jax_ragged.lowering.tpu.chips import MIB, Chip
 from jax_ragged.lowering.tpu.chunks import Plan
 from jax_ragged.lowering.tpu.derivative_kernels import NOWHERE, Wrt
-from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, alike
+from jax_ragged.lowering.tpu.layout import LANES, CacheLayout
 from jax_ragged.lowering.tpu.walk import Walk
 from jax_ragged.lowering.tpu.work_list import SCALARS, WorkList
 
@@ -60,16 +60,10 @@ class Traffic(block_size.Problem):
         return T < self.S and super().cache_bytes(T) < MIN_BYTES
 
     def vmem_bytes(self, T: int, chunk: int) -> int:
-        """As of the forward, with sums, and 0/1 matrices between different columns."""
-        key, value = self.key, self.value
-        sums = key.block_bytes(T, jnp.float32) + value.block_bytes(T, jnp.float32)
-        # In three parts if exact.
-        selection = 3 * 4 * chunk * chunk * max(key.columns, value.columns)
-        return (
-            super().vmem_bytes(T, chunk)
-            + (sums if self.accumulates else 0)
-            + (0 if alike(key, value) else selection)
-        )
+        """Declared bytes: as in the forward, and float32 sums of what is written."""
+        layouts = (self.key, self.value)
+        sums = sum(x.block_bytes(T, jnp.float32) for x in layouts) if self.accumulates else 0
+        return super().vmem_bytes(T, chunk) + sums
 
 
 def by_lane(plan: Plan, x: jax.Array) -> jax.Array:
