@@ -320,7 +320,7 @@ def _first(launch: _Launch, m: jax.Array, at: jax.Array) -> tuple[jax.Array, jax
     """Positions of lanes [n, V, R], and the first [V, R] at which the maximum is."""
     m = lanes_by_row(launch.plan, launch.visited(m, -jnp.inf))
     at = lanes_by_row(launch.plan, launch.visited(at, NOWHERE))
-    return at, jnp.where(m == m.max(axis=0), at, NOWHERE).min(axis=0)
+    return at, jnp.where(m == m.max(axis=0, keepdims=True), at, NOWHERE).min(axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -445,7 +445,7 @@ class _Derivatives:
         o_sum, z_sum, m, at, m_dot = launch.run(kernel, "ragged_attention_jvp")
         at, first = _first(launch, m, at)
         z_sum, m_dot = (lanes_by_row(plan, launch.visited(x, 0)) for x in (z_sum, m_dot))
-        m_dot = jnp.where(at == first, m_dot, 0).sum(axis=0)
+        m_dot = jnp.where(at == first[None], m_dot, 0).sum(axis=0)
         o_sum = sizes.from_rows(launch.visited(o_sum, 0).sum(axis=0))
         z_sum, m_dot = (_unrows(sizes, x) for x in (z_sum.sum(axis=0), m_dot))
         out, denominator = self.residuals.out, self.residuals.denominator

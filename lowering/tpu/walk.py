@@ -80,11 +80,11 @@ class Walk:
             skipped = remainder(core - first + self.V * self.blocks * self.cores, self.cores)
             return skipped < self.blocks
         T = self.plan.blocks.T
-        first = lax.div(work.start, T) - work.offset
-        end = lax.div(work.end + (T - 1), T) - work.offset
+        first = (lax.div(work.start, T) - work.offset)[None, :]
+        end = (lax.div(work.end + (T - 1), T) - work.offset)[None, :]
         begin = core * work.size[1]
         own = jnp.maximum(first, begin) < jnp.minimum(end, begin + work.size[1])
-        visited: jax.Array = (work.start < work.end) & own
+        visited: jax.Array = (work.start < work.end)[None, :] & own
         return visited
 
 

@@ -128,7 +128,7 @@ def _merge_two(
     some = denominators != 0
     m = jnp.where(some, max_logits, -jnp.inf).max(axis=0)
     m = jnp.where(some.any(axis=0), m, mask_value)
-    weights = jnp.where(some, denominators * jnp.exp(max_logits - m), 0)
+    weights = jnp.where(some, denominators * jnp.exp(max_logits - m[None]), 0)
     total = weights.sum(axis=0)
-    weights = weights / jnp.where(total == 0, 1, total)
+    weights = weights / jnp.where(total == 0, 1, total)[None]
     return (weights[..., None] * outs).sum(axis=0), m, total
