@@ -93,8 +93,8 @@ def _definition(
     For one query q with keys k [T, D] and values v [T, Dv], the gradient starts from
     o_bar = cos(o):
 
-        s = scale k q    z = cap tanh(s / cap)    p = exp(z - max z) / l    o = p v
-        z_bar = p <o_bar, v - o>    s_bar = (1 - (z / cap)^2) z_bar    v_bar = p o_bar
+        s = k q    z = cap tanh(scale s / cap)    p = exp(z - max z) / l    o = p v
+        z_bar = p <o_bar, v - o>    s_bar = scale (1 - (z / cap)^2) z_bar    v_bar = p o_bar
 
     where l is the sum of `exp(z - max z)`.
     """

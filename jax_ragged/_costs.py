@@ -113,7 +113,7 @@ class Costs:
         """A table with a line for each equation and one for the total."""
         sizes = ("B", "Q", "Hq", "Hkv", "S", "D", "Dv")
         head = ["equation", "in", "trips", *sizes, "dtype", "bytes <=", "bytes", "flops", "flops/B"]
-        rows = [
+        lines = [
             [
                 eqn.name,
                 "/".join(eqn.where) or "-",
@@ -130,14 +130,14 @@ class Costs:
         total = ["total", *[""] * (len(head) - 5)]
         total += [_quantity(self.bytes_at_most, 1024), _quantity(self.bytes, 1024)]
         flops = self.flops_at_most if self.flops is None else self.flops
-        table = [head, *rows, [*total, _quantity(flops, 1000), ""]]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        table = [head, *lines, [*total, _quantity(flops, 1000), ""]]
+        widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
         return "\n".join(
             "  ".join(
                 cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
-            for row in table
+            for line in table
         )
 
 
@@ -321,7 +321,7 @@ class _Call:
         return bool(through and {"query_dot", "key_dot", "query_bar", "key_bar"} & names)
 
     def _width(self) -> int:
-        """The columns of all products for one query head and one position of its window."""
+        """Multiplications in all products, for one query head and one position of its window."""
         D, Dv = self.sizes["D"], self.sizes["Dv"]
         if len(self.operands) == len(PRIMALS):
             return D + Dv

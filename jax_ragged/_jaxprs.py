@@ -195,12 +195,12 @@ class Scope:
         """The condition and the body, once each: only their constants are known."""
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         carry = [None] * (len(reads) - n_cond - n_body)
-        for part, fixed in (
+        for name, fixed in (
             ("cond", reads[:n_cond]),
             ("body", reads[n_cond : n_cond + n_body]),
         ):
-            inner = eqn.params[f"{part}_jaxpr"]
-            yield f"while {part}", self._inside(inner, [*fixed, *carry], weight=None)
+            inner = eqn.params[f"{name}_jaxpr"]
+            yield f"while {name}", self._inside(inner, [*fixed, *carry], weight=None)
 
     def _branches(self, eqn: JaxprEqn, reads: Sequence[Any]) -> Iterator[tuple[str, "Scope"]]:
         """The branch that is taken, if it is known, else all branches."""
