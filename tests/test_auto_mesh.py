@@ -17,7 +17,7 @@ from jax_ragged import ragged_attention
 from programs import collectives, compiled_text
 from sharded import CASES, GQA, MQA
 
-cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 KERNEL = "ragged_attention_forward_cpu_kernel"
 REFERENCE = "ragged_attention_forward_reference"
 
@@ -32,7 +32,7 @@ def _partitioned(case: Case, **params: Any) -> Any:
 
 
 @pytest.mark.parametrize("context", [True, False], ids=["set_mesh", "operands"])
-@cases
+@every_case
 def test_forward(mesh: Any, case: Case, context: bool) -> None:
     """The mesh is the context's, or that which the operands are on."""
     with jax.set_mesh(mesh) if context else contextlib.nullcontext():
@@ -40,7 +40,7 @@ def test_forward(mesh: Any, case: Case, context: bool) -> None:
     assert_results(results, case)
 
 
-@cases
+@every_case
 def test_reverse(mesh: Any, case: Case) -> None:
     operands = sharded.put(mesh, case)
     bars = sharded.put_results(mesh, case, case.cotangents())
@@ -49,7 +49,7 @@ def test_reverse(mesh: Any, case: Case) -> None:
     sharded.assert_gradients(grads, case)
 
 
-@cases
+@every_case
 def test_forward_mode(mesh: Any, case: Case) -> None:
     tangents = tuple(np.cos(x) for x in case.operands()[:3])
     with jax.set_mesh(mesh):

@@ -15,7 +15,7 @@ from jax_ragged import ragged_attention
 from programs import collectives, compiled_text
 from sharded import CASES, GQA, MQA, place
 
-cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def _same_types(actual: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("jit", [True, False])
-@cases
+@every_case
 def test_forward(mesh: Any, case: Case, jit: bool) -> None:
     with jax.set_mesh(mesh):
         results = (jax.jit(op(case)) if jit else op(case))(*sharded.put(mesh, case))
@@ -38,7 +38,7 @@ def test_forward(mesh: Any, case: Case, jit: bool) -> None:
         assert x.sharding.spec == spec
 
 
-@cases
+@every_case
 def test_reverse(mesh: Any, case: Case) -> None:
     with jax.set_mesh(mesh):
         operands = sharded.put(mesh, case)
@@ -48,7 +48,7 @@ def test_reverse(mesh: Any, case: Case) -> None:
     _same_types(grads, operands[:3])
 
 
-@cases
+@every_case
 def test_forward_mode(mesh: Any, case: Case) -> None:
     tangents = tuple(np.cos(x) for x in case.operands()[:3])
     with jax.set_mesh(mesh):

@@ -25,7 +25,7 @@ CASES = (
     Case("exported", (40, 0, 55), (3, 0, -2), Hq=4, Hkv=2, S=40, D=128, Dv=128),
     Case("exported_queries", (40, 0, 55), Q=2, Hq=4, Hkv=1, S=40, D=128, Dv=128),
 )
-cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 
 
 def _roundtrip(fun: Any, *args: Any, platforms: Any = PLATFORMS, vjp_order: int = 1) -> Any:
@@ -33,7 +33,7 @@ def _roundtrip(fun: Any, *args: Any, platforms: Any = PLATFORMS, vjp_order: int 
     return export.deserialize(exported.serialize(vjp_order=vjp_order))
 
 
-@cases
+@every_case
 def test_call(case: Case) -> None:
     """Serialised, read back and called: the result is the same named tuple."""
     operands = sharded.operands(case)
@@ -44,7 +44,7 @@ def test_call(case: Case) -> None:
     assert read.platforms == PLATFORMS
 
 
-@cases
+@every_case
 def test_differentiated(case: Case) -> None:
     operands = sharded.operands(case)
     read = _roundtrip(op(case), *operands)

@@ -24,7 +24,7 @@ CASES = (
     Case("merged_bfloat16", (20, 3, 0), Hq=4, Hkv=2, S=20, D=8, Dv=8, dtype="bfloat16"),
     Case("merged_all_empty", (0, 0), (0, 3), Hq=2, Hkv=2, S=20, D=8, Dv=8, mask_value=-7.0),
 )
-cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 WAYS = ("array", "mesh")
 T = 5
 
@@ -61,7 +61,7 @@ def _operands(case: Case) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@cases
+@every_case
 def test_forward(case: Case, way: str) -> None:
     results = jax.jit(_merged(case, way))(*_operands(case))
     # Each part rounds its out to the dtype of query, and so does the whole.

@@ -12,7 +12,7 @@ from derivatives import op, pullback
 from jax_ragged import merge_partials
 from sharded import CASES, GQA
 
-cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 
 
 def _split(x: Any) -> Any:
@@ -24,13 +24,13 @@ def _joined(x: Any) -> Any:
     return np.asarray(x).reshape(-1, *x.shape[2:])
 
 
-@cases
+@every_case
 def test_forward(case: Case) -> None:
     results = jax.pmap(op(case))(*map(_split, sharded.operands(case)))
     assert_results([_joined(x) for x in results], case)
 
 
-@cases
+@every_case
 def test_reverse(case: Case) -> None:
     operands = tuple(map(_split, sharded.operands(case)))
     bars = tuple(map(_split, case.cotangents()))

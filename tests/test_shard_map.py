@@ -19,7 +19,7 @@ from jax_ragged.primitives import ragged_attention_p
 from programs import collectives, compiled_text, equations
 from sharded import CASES, GQA, MQA
 
-cases = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 
 
 @pytest.fixture
@@ -32,13 +32,13 @@ def _mapped(fun: Any, mesh: Any, case: Case, **options: Any) -> Any:
     return jax.shard_map(fun, mesh=mesh, in_specs=specs, out_specs=specs[0], **options)
 
 
-@cases
+@every_case
 def test_forward(mesh: Any, case: Case) -> None:
     run = jax.jit(_mapped(op(case), mesh, case))
     assert_results(run(*sharded.operands(case)), case)
 
 
-@cases
+@every_case
 def test_derivatives_of_it(mesh: Any, case: Case) -> None:
     run, operands = _mapped(op(case), mesh, case), sharded.operands(case)
     sharded.assert_gradients(jax.jit(pullback(run))(operands, case.cotangents()), case)
@@ -47,7 +47,7 @@ def test_derivatives_of_it(mesh: Any, case: Case) -> None:
     sharded.assert_tangents(actual, case, tangents)
 
 
-@cases
+@every_case
 def test_derivatives_inside_of_it(mesh: Any, case: Case) -> None:
     """The gradient of a replicated operand (the one key head of MQA) is summed over the mesh."""
     specs = sharded.specs(case)
@@ -77,7 +77,7 @@ def test_second_order(mesh: Any, case: Case) -> None:
 
 
 @pytest.mark.parametrize("axis", ["data", "model"])
-@cases
+@every_case
 def test_partly_manual(mesh: Any, case: Case, axis: str) -> None:
     """The other axis stays automatic: its part of `partition` gives kernels of each shard."""
     manual, automatic = (
