@@ -16,10 +16,13 @@ import oracle
 from cases import CASES, Case, assert_close, assert_results, poison, tiered, tolerance
 from jax_ragged import ragged_attention
 from jax_ragged.lowering._compat import CPU_THREADS_DOTS
+from lowerings import DEFAULT
 from programs import compiled_text, made, temporary_bytes
 
 # Without a block size, these are small enough for the dense form.
 BLOCKED = tuple(dataclasses.replace(case, block_size=case.block_size or 8) for case in CASES)
+# The conformance tests have the other cases of the default tier.
+OTHERS = [c for c in BLOCKED if c.name not in DEFAULT or c.name in ("windows", "queries_mixed")]
 
 
 @functools.cache
@@ -37,7 +40,7 @@ def _run(params: tuple[tuple[str, Any], ...]) -> Any:
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("case", BLOCKED, ids=cases.ids(BLOCKED))
+@pytest.mark.parametrize("case", tiered(BLOCKED, OTHERS), ids=cases.ids(BLOCKED))
 def test_blocks(case: Case) -> None:
     with cases.x64(case):
         operands, tangents = case.operands(), case.operands(seed=1)[:3]

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 import oracle
-from cases import FLOAT32_DERIVATIVE, SMALL, SMALL_QUERIES, Case, Operands, assert_close
+from cases import (
+    FLOAT32_DERIVATIVE,
+    SMALL,
+    SMALL_QUERIES,
+    Case,
+    Operands,
+    assert_close,
+    ids,
+    tiered,
+)
 from derivatives import ALL, WRT, op, pullback
 from programs import counts, largest_made, temporary_bytes
 
@@ -56,7 +65,9 @@ def _bars(case: Case) -> Any:
     )
 
 
-@pytest.mark.parametrize("case", [SMALL, SMALL_QUERIES], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", tiered([SMALL, SMALL_QUERIES], [SMALL_QUERIES]), ids=ids([SMALL, SMALL_QUERIES])
+)
 @pytest.mark.parametrize("axes", AXES, ids=str)
 def test_shared_operands_get_the_sum(case: Case, axes: Any) -> None:
     stacked, examples = _arguments(case, axes)

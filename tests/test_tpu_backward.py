@@ -124,6 +124,7 @@ def _assert_vjp(case: Case) -> None:
         assert_close(x, y, TOLERANCE, scale=1 + float(np.abs(y).max()), name=name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES[:1], ids=ids(CASES[:1]))
 def test_bits_do_not_depend_on_when_copies_happen(case: Case) -> None:
     operands, bars = case.operands(), case.cotangents()

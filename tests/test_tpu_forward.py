@@ -137,7 +137,6 @@ DEFAULT = (
     "compact",
     "mha_scaled",
     "tiles_of_lanes",
-    "one_head",
     "tiles_to_tokens",
     "queries_mixed",
     "soft_cap",
@@ -208,7 +207,7 @@ def by_head(monkeypatch: pytest.MonkeyPatch) -> None:
             "bfloat16",
             "bfloat16_tiles",
         ],
-        ["heads_by_eight", "bfloat16"],
+        ["heads_by_eight"],
     ),
 )
 def test_by_head(name: str, by_head: None) -> None:
