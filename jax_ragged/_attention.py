@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_ragged.lowering import reference
-from jax_ragged.lowering._compat import INLINE_EQUATIONS
+from jax_ragged.lowering._compat import INLINE_EQUATIONS, forget_serialization
 from jax_ragged.lowering.contract import Operands
 from jax_ragged.lowering.params import (
     DEFAULT_MASK_VALUE,
@@ -40,9 +40,9 @@ class RaggedAttention(NamedTuple):
     denominator: jax.Array
 
 
-export.register_namedtuple_serialization(
-    RaggedAttention, serialized_name="jax_ragged.RaggedAttention"
-)
+_SERIALIZED_NAME = "jax_ragged.RaggedAttention"
+forget_serialization(_SERIALIZED_NAME)
+export.register_namedtuple_serialization(RaggedAttention, serialized_name=_SERIALIZED_NAME)
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -102,6 +102,11 @@ def _check(query: Any, key: Any, value: Any, lengths: Any, starts: Any) -> None:
             "ragged_attention: the heads of query must be a multiple of those of key; "
             f"got Hq = {Hq} for Hkv = {Hkv}."
         )
+    if isinstance(key.shape[1], int) and key.shape[1] >= 2**31:
+        raise ValueError(
+            "ragged_attention: key must have fewer than 2**31 positions, which int32 counts; "
+            f"got {key.shape}. Attend to parts of it and merge the results with merge_partials."
+        )
     rows = query.shape[:-2]
     for name in ("lengths", "starts"):
         if name in arrays and arrays[name].shape not in (rows, rows[:1]):
@@ -129,6 +134,18 @@ def _out_dtype(out_dtype: DTypeLike | None, query: Any) -> str | None:
             f"the statistics, {wide}; got {name}. Cast out with .astype."
         )
     return None if name == query.dtype.name else name
+
+
+def _saturated(x: Any) -> Any:
+    """Windows as JAX can take them: wide integers of numpy saturate at the limits of int32.
+
+    Without x64, JAX takes the low 32 bits of such an array as it enters a program.
+    """
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu" or x.dtype.itemsize <= 4:
+        return x
+    limits = np.iinfo(np.int32)
+    low = limits.min if x.dtype.kind == "i" else 0
+    return np.clip(x, low, limits.max).astype(np.int32)
 
 
 def _window_bound(x: jax.Array, rank: int) -> jax.Array:
@@ -225,10 +242,19 @@ def ragged_attention(
         logit_t = softmax_scale * <query, key_t>, then cap * tanh(logit_t / cap) with a soft cap,
         out = sum_t softmax(logit)_t value_t.
 
-    An empty window gives `out = 0`, `max_logits = mask_value`, `denominator = 0`. What lies
-    outside of every window is not used: NaN there changes nothing. Query head h attends to
-    key head `h // (Hq // Hkv)`: MHA is `Hq == Hkv`, MQA is `Hkv == 1`, GQA all between.
-    Products accumulate in float32 (float64 for float64).
+    An empty window gives `out = 0`, `max_logits = mask_value`, `denominator = 0`, and all of its
+    derivatives are 0, even where its query is NaN. A window is empty if it has no position, or if
+    all of its logits are -inf.
+
+    A position of the cache outside of every window that shares it is never used: NaN there
+    changes nothing. The Q queries of a row share its positions, and so do all examples of a vmap
+    that maps neither key nor value. NaN or infinity inside of one query's window may reach the
+    results and gradients of the other queries that share the position, except those of empty
+    windows.
+
+    Query head h attends to key head `h // (Hq // Hkv)`: MHA is `Hq == Hkv`, MQA is `Hkv == 1`,
+    GQA all between. Products accumulate in float32 (float64 for float64), and so do sums of
+    gradients over queries, heads and shards, which are rounded once.
 
     It binds one equation of `jax_ragged.primitives.ragged_attention_p`, which has every rule of
     JAX: jit, vmap, grad, shard_map and export compose.
@@ -239,10 +265,13 @@ def ragged_attention(
       key: [B, S, Hkv, D] in the dtype of query, the cache; Hq is a multiple of Hkv.
       value: [B, S, Hkv, Dv] in the dtype of query; Dv may differ from D.
       lengths: integers [B] or [B, Q]: the end of the window, exclusive, in positions of the
-        cache; [B] with Q queries is one window for all of them.
+        cache; [B] with Q queries is one window for all of them. A number that int32 cannot hold
+        saturates. That includes numpy arrays of int64, but not where they pass through a
+        transformation of JAX first, which without x64 takes their low 32 bits.
       starts: integers as lengths: the first position of the window; None is 0.
-      softmax_scale: factor of the logits; no scale is applied unless given.
-      logits_soft_cap: c > 0 of the soft cap, or None for none.
+      softmax_scale: factor of the logits, 0 or of a size that float32 holds; no scale is applied
+        unless given.
+      logits_soft_cap: c > 0 of the soft cap, at most 1e30; or None for none.
       block_size: positions of the cache that a kernel reads at a time; None lets the lowering
         choose. It changes speed, not the answer, and need not divide S.
       mask_value: `max_logits` of an empty window.
@@ -275,7 +304,9 @@ def ragged_attention(
         partition=partition,
         out_dtype=_out_dtype(out_dtype, query),
     )
-    results: RaggedAttention = _ragged_attention(query, key, value, lengths, starts, params=params)
+    results: RaggedAttention = _ragged_attention(
+        query, key, value, _saturated(lengths), _saturated(starts), params=params
+    )
     return results
 
 
@@ -289,19 +320,25 @@ def reference_ragged_attention(
     softmax_scale: float = 1.0,
     logits_soft_cap: float | None = None,
     mask_value: float = DEFAULT_MASK_VALUE,
+    out_dtype: DTypeLike | None = None,
 ) -> RaggedAttention:
     """`ragged_attention` by its definition: dense, in plain `jax.numpy`, at the cost of S.
 
     Arguments, results and errors are those of `ragged_attention`; it is differentiated by JAX's
-    own rules. At a tie of the maximum, the first position carries the derivative.
+    own rules. It computes in float32 (float64 for float64) and rounds the results once. At a tie
+    of the maximum, the first position carries the derivative. A window without a position, or
+    one whose logits are all -inf, is empty.
     """
     _require_arrays(query=query, key=key, value=value, lengths=lengths)
     if starts is not None:
         _require_arrays(starts=starts)
     params = RaggedAttentionParams(
-        softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, mask_value=mask_value
+        softmax_scale=softmax_scale,
+        logits_soft_cap=logits_soft_cap,
+        mask_value=mask_value,
+        out_dtype=_out_dtype(out_dtype, query),
     )
     results: RaggedAttention = _reference_ragged_attention(
-        query, key, value, lengths, starts, params=params
+        query, key, value, _saturated(lengths), _saturated(starts), params=params
     )
     return results

@@ -178,6 +178,12 @@ def costs(fn_or_jaxpr: Callable[..., Any] | Any, *args: Any) -> Costs:
     else:
         closed = fn_or_jaxpr
     jaxpr, consts = opened(closed)
+    if not isinstance(jaxpr, Jaxpr):
+        raise TypeError(
+            "costs: fn_or_jaxpr must be a function or a jaxpr; "
+            f"got {fn_or_jaxpr!r} of type {type(fn_or_jaxpr).__name__}. "
+            "Pass the function and its arguments: costs(fn, *args)."
+        )
     if args and len(args) != len(jaxpr.invars):
         raise ValueError(
             "costs: a jaxpr takes one argument for each of its inputs, or none; "

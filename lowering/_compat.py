@@ -54,6 +54,19 @@ def as_primitive(fun: Callable[..., Any]) -> Callable[..., Any]:
     return fun
 
 
+def forget_serialization(serialized_name: str) -> None:
+    """Forgets the class registered for export under a name, if there is one.
+
+    Private: a module that is imported again, as by `importlib.reload`, makes its classes again, and
+    JAX refuses a second one of the same name. Programs serialized before it can still be read.
+    """
+    from jax._src.export import _export
+
+    known = _export.deserialization_registry.pop(serialized_name, None)
+    if known is not None:
+        _export.serialization_registry.pop(known[0], None)
+
+
 def varying_axes(x: Any) -> frozenset[str]:
     """The manual mesh axes over which a value or aval varies (`vma` until jax 0.11)."""
     aval = x if isinstance(x, ShapedArray) else jax.typeof(x)

@@ -174,14 +174,15 @@ def target_of(
     return Target(platform, device_kind(ctx), unpartitioned_devices, summed)
 
 
-def higher_order_target(params: RaggedAttentionParams) -> Target:
+def higher_order_target(params: RaggedAttentionParams, summed: tuple[bool, ...] = ()) -> Target:
     """The target of what derivatives of second and higher order need: the reference.
 
-    No lowering has kernels for them. The reference forms the logits of all S positions.
+    No lowering has kernels for them. The reference forms the logits of all S positions. `summed`
+    is as in `Target`.
 
     Raises:
       NotImplementedError: while tracing, for `implementation="kernel"`.
     """
     refusal = Unsupported("derivatives of second and higher order have no kernel")
     refuse(refusal, "higher order", "every platform", params)
-    return Target("default")
+    return Target("default", summed=summed)

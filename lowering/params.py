@@ -22,6 +22,12 @@ def statistics_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
 
 
+# The numbers that float32 holds with its full precision, and the largest soft cap for which logits
+# of any use do not vanish in float32 when they are divided by it.
+_LEAST, _MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+_MOST_SOFT_CAP = 1e30
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real | np.number):
         raise TypeError(
@@ -29,7 +35,10 @@ def _number(name: str, value: Any) -> float:
             f"got {value!r} of type {type(value).__name__}. "
             "Multiply query by a traced factor instead."
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"ragged_attention: {name} must be finite; got {number}.")
     return number
@@ -40,8 +49,9 @@ class RaggedAttentionParams:
     """Static parameters, validated on construction.
 
     Attributes:
-      softmax_scale: factor of `<query, key>`, finite.
-      logits_soft_cap: `c` of `c * tanh(logit / c)`, finite and positive, or None for no cap.
+      softmax_scale: factor of `<query, key>`: 0, or of a size that float32 holds.
+      logits_soft_cap: `c` of `c * tanh(logit / c)`, positive, such that float32 holds `logit / c`;
+        or None for no cap.
       block_size: positions of the cache that a kernel reads at a time, or None for the
         lowering's own choice.
       mask_value: `max_logits` of an empty window, finite in float32.
@@ -61,8 +71,13 @@ class RaggedAttentionParams:
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "softmax_scale", _number("softmax_scale", self.softmax_scale))
+        if self.softmax_scale != 0 and not _LEAST <= abs(self.softmax_scale) <= _MOST:
+            raise ValueError(
+                f"ragged_attention: softmax_scale must be 0 or of a size from {_LEAST:.3g} to "
+                f"{_MOST:.3g}, which float32 holds; got {self.softmax_scale}. Scale query instead."
+            )
         set_field(self, "mask_value", _number("mask_value", self.mask_value))
-        if abs(self.mask_value) > float(np.finfo(np.float32).max):
+        if abs(self.mask_value) > _MOST:
             raise ValueError(
                 "ragged_attention: mask_value must be finite in float32; "
                 f"got {self.mask_value}. The default is {DEFAULT_MASK_VALUE}."
@@ -72,6 +87,12 @@ class RaggedAttentionParams:
             if cap <= 0:
                 raise ValueError(
                     f"ragged_attention: logits_soft_cap must be positive; got {cap}. "
+                    "Pass None for no cap."
+                )
+            if not _LEAST <= cap <= _MOST_SOFT_CAP:
+                raise ValueError(
+                    f"ragged_attention: logits_soft_cap must be from {_LEAST:.3g} to "
+                    f"{_MOST_SOFT_CAP:.3g}, so that float32 holds logit / cap; got {cap}. "
                     "Pass None for no cap."
                 )
             set_field(self, "logits_soft_cap", cap)
@@ -99,7 +120,6 @@ class RaggedAttentionParams:
                 "ragged_attention: partition must be a jax.sharding.PartitionSpec or None; "
                 f"got {self.partition!r} of type {type(self.partition).__name__}."
             )
-
         if self.out_dtype is not None:
             try:
                 set_field(self, "out_dtype", jnp.dtype(self.out_dtype).name)

@@ -34,8 +34,9 @@ def split_alike(operands: Sequence[jax.Array], rank: int) -> tuple[jax.Array, ..
     """Splits replicated leading dimensions over the explicit axes that split the others'.
 
     Splitting what every device holds moves nothing. Dimensions of size 1 are shared and stay
-    whole. A dimension that two operands split differently stays as it is, and so does all where
-    one is unreduced: the checks of the primitive then say what is required.
+    whole. A dimension that two operands split differently stays as it is, and so does one that
+    would repeat an axis, and everything where an operand is unreduced: the checks of the primitive
+    then say what is required.
     """
     avals = [jax.typeof(x) for x in operands]
     mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)
@@ -48,7 +49,9 @@ def split_alike(operands: Sequence[jax.Array], rank: int) -> tuple[jax.Array, ..
     for x, aval in zip(operands, avals, strict=True):
         spec = list(aval.sharding.spec)
         for i, axes in enumerate(split):
-            if len(axes) == 1 and spec[i] is None and aval.shape[i] != 1:
+            used = {axis for entry in spec for axis in axis_names(entry)}
+            free = not any(used.intersection(axis_names(entry)) for entry in axes)
+            if len(axes) == 1 and spec[i] is None and aval.shape[i] != 1 and free:
                 (spec[i],) = axes
         resharded.append(_with_spec(x, mesh, PartitionSpec(*spec)))
     return tuple(resharded)

@@ -89,14 +89,23 @@ class Checked:
                 f"{primitive}: the query heads must be a multiple of the key heads; "
                 f"got {_describe(operands)}."
             )
+        if isinstance(sizes["S"], int) and sizes["S"] >= 2**31:
+            raise ValueError(
+                f"{primitive}: a cache must have fewer than 2**31 positions, which int32 counts; "
+                f"got {_describe(operands)}. Attend to parts of it and merge the results with "
+                "jax_ragged.merge_partials."
+            )
+        axes = _joined_axes(primitive, operands, trailing, rank)
+        _check_distinct(primitive, operands, rank, axes["Hq"])
+        leading_axes = _joined_leading_axes(primitive, operands, rank)
         checked = cls(
             signature=signature,
             params=params,
             avals=operands,
             sizes=sizes,
-            axes=_joined_axes(primitive, operands, trailing, rank),
+            axes=axes,
             leading=leading,
-            leading_axes=_joined_leading_axes(primitive, operands, rank),
+            leading_axes=leading_axes,
             template=_template(primitive, operands),
         )
         if params.partition is not None and not checked.template.sharding.mesh.empty:
@@ -184,6 +193,22 @@ def _check_reduced(primitive: str, operands: Mapping[str, ShapedArray]) -> None:
                 f"{primitive}: {name} must be neither unreduced nor reduced over axes of a mesh; "
                 f"got {_describe(operands)}. Reshard it with jax.sharding.reshard."
             )
+
+
+def _check_distinct(
+    primitive: str, operands: Mapping[str, ShapedArray], rank: int, heads: Any
+) -> None:
+    """Raises where two dimensions of a result would be split over one mesh axis."""
+    dims = [
+        {axis for aval in operands.values() for axis in axis_names(aval.sharding.spec[i])}
+        for i in range(rank)
+    ]
+    used = [axis for dim in (*dims, set(axis_names(heads))) for axis in dim]
+    if len(set(used)) < len(used):
+        raise TypeError(
+            f"{primitive}: leading dimensions and heads must be sharded over different axes of "
+            f"the mesh; got {_describe(operands)}. Reshard with jax.sharding.reshard."
+        )
 
 
 def _merged(*entries: Any) -> Any:

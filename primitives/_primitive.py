@@ -68,23 +68,22 @@ class Definition:
         return unfolded
 
 
-@functools.cache
-def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Any:
-    """A jitted bind, which makes an eager call about as cheap as one of lax."""
+def eager(primitive: Primitive) -> Callable[..., Any]:
+    """Evaluates a primitive on concrete arrays, compiled even under `jax.disable_jit`.
 
-    def run(*operands: jax.Array) -> Any:
+    A jitted bind makes an eager call about as cheap as one of lax. Its programs are in JAX's own
+    caches, which `jax.clear_caches` clears.
+    """
+
+    def run(*operands: jax.Array, params: tuple[tuple[str, Any], ...]) -> Any:
         return primitive.bind(*operands, **dict(params))
 
     run.__name__ = run.__qualname__ = primitive.name
-    return jax.jit(as_primitive(run))
-
-
-def eager(primitive: Primitive) -> Callable[..., Any]:
-    """Evaluates a primitive on concrete arrays, compiled even under `jax.disable_jit`."""
+    compiled = jax.jit(as_primitive(run), static_argnames="params")
 
     def impl(*operands: jax.Array, **params: Any) -> Any:
         with jax.disable_jit(False):
-            return _compiled(primitive, tuple(params.items()))(*operands)
+            return compiled(*operands, params=tuple(params.items()))
 
     return impl
 
@@ -169,8 +168,9 @@ def linear_jvp_rule(primitive: Primitive, definition: Definition, marks: str) ->
             tangents_out = bind(primitive, *residuals, *moving.values(), **marked)
 
         def plain(*residuals: jax.Array) -> list[jax.Array]:
-            target = dispatch.higher_order_target(static["params"])
             layout = definition.check([*map(jax.typeof, primals)], static).layout()
+            summed = tuple(map(bool, layout.sums))
+            target = dispatch.higher_order_target(static["params"], summed)
             run = functools.partial(definition.folded, target, static)
             plain_results = layout.per_shard(run)(*residuals, *linear)
             return [x.astype(y.dtype) for x, y in zip(plain_results, results, strict=True)]

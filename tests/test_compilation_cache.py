@@ -1,9 +1,11 @@
 """No second trace, lowering or compilation: eager, jitted, in one program, in another process."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from jax import monitoring
 
 from cases import SMALL
 from derivatives import op, pullback
+from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.primitives import ragged_attention_p
 
 OPERANDS, BARS = SMALL.operands(), SMALL.cotangents()
 
@@ -101,3 +105,15 @@ def test_another_process_compiles_nothing(tmp_path: Path) -> None:
     assert hits == 0
     assert misses > 0
     assert hits_and_misses() == [misses, 0]
+
+
+def test_clear_caches_forgets_eager_calls() -> None:
+    """Nothing of ours keeps an equation's parameters alive."""
+    query, key, value, lengths, starts = map(jax.numpy.asarray, OPERANDS)
+    params = RaggedAttentionParams(softmax_scale=0.625)
+    alive = weakref.ref(params)
+    ragged_attention_p.bind(query, key, value, lengths, starts, params=params)
+    del params
+    jax.clear_caches()
+    gc.collect()
+    assert alive() is None

@@ -315,3 +315,9 @@ def test_symbolic_shapes_are_refused() -> None:
     arrays = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in (QUERY, KEY, VALUE)]
     with pytest.raises(ValueError, match="every size must be known"):
         costs(ragged_attention, *arrays, jax.ShapeDtypeStruct((b,), jnp.int32))
+
+
+@pytest.mark.parametrize("wrong", [3, None, "f", jnp.ones(3), (jnp.ones(3),)], ids=str)
+def test_neither_a_function_nor_a_jaxpr(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"^costs: fn_or_jaxpr must be a function or a jaxpr; got"):
+        costs(wrong)

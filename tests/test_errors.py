@@ -1,5 +1,6 @@
 """Every message for bad input: raised while tracing, it names what is required and what was got."""
 
+import functools
 from typing import Any
 
 import jax
@@ -84,6 +85,14 @@ PARAMETERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"logits_soft_cap": 0.0}, ValueError, "logits_soft_cap must be positive; got 0.0.*None"),
     ({"logits_soft_cap": -1}, ValueError, "logits_soft_cap must be positive; got -1.0"),
     ({"logits_soft_cap": np.inf}, ValueError, "logits_soft_cap must be finite; got inf"),
+    ({"logits_soft_cap": 1e39}, ValueError, "logits_soft_cap must be from .* 1e.30.*got 1e.39"),
+    ({"logits_soft_cap": float(np.finfo(F32).max)}, ValueError, "logits_soft_cap must be from"),
+    ({"logits_soft_cap": 1e-39}, ValueError, "logits_soft_cap must be from 1.18e-38"),
+    ({"logits_soft_cap": 10**400}, ValueError, "logits_soft_cap must be finite; got inf"),
+    ({"softmax_scale": 1e39}, ValueError, "softmax_scale must be 0 or .*float32 holds; got 1e.39"),
+    ({"softmax_scale": -1e39}, ValueError, "softmax_scale must be 0 or .*; got -1e.39.*Scale"),
+    ({"softmax_scale": 1e-39}, ValueError, "softmax_scale must be 0 or .*; got 1e-39"),
+    ({"softmax_scale": 10**400}, ValueError, "softmax_scale must be finite; got inf"),
     ({"mask_value": -np.inf}, ValueError, "mask_value must be finite; got -inf"),
     ({"mask_value": -1e39}, ValueError, "mask_value must be finite in float32; got -1e"),
     ({"block_size": 0}, ValueError, "block_size must be positive; got 0.*None"),
@@ -91,6 +100,10 @@ PARAMETERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"block_size": 8.0}, TypeError, "block_size must be a Python int or None; got 8.0.*float"),
     ({"block_size": True}, TypeError, "block_size must be a Python int or None.*bool"),
     ({"implementation": "fast"}, ValueError, "implementation must be 'reference'"),
+    ({"out_dtype": "nothing"}, TypeError, "out_dtype must be a dtype or None; got 'nothing'.*str"),
+    ({"out_dtype": 1.5}, TypeError, "out_dtype must be a dtype or None; got 1.5 of type float"),
+    ({"out_dtype": "bfloat16"}, TypeError, "out_dtype must be the dtype of query, float32.*bfloat"),
+    ({"out_dtype": "float64"}, TypeError, "out_dtype must be the dtype of query, float32.*float64"),
     ({"partition": ("x",)}, TypeError, "partition must be a jax.sharding.PartitionSpec or None"),
 ]  # fmt: skip
 
@@ -111,6 +124,32 @@ def test_operands(fun: Any, changed: dict[str, Any], error: type[Exception], mes
 def test_parameters(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^ragged_attention: {message}"):
         ragged_attention(*SMALL.operands(), **changed)
+
+
+@pytest.mark.parametrize("out_dtype", ["float16", "float64", "int8"])
+def test_out_dtype_of_narrow_operands(out_dtype: str) -> None:
+    query, key, value, *windows = SMALL.operands()
+    narrow = (x.astype(jnp.bfloat16) for x in (query, key, value))
+    message = (
+        f"out_dtype must be the dtype of query, bfloat16, or that of the.*float32; got {out_dtype}"
+    )
+    with pytest.raises(TypeError, match=f"^ragged_attention: {message}"):
+        reference_ragged_attention(*narrow, *windows, out_dtype=out_dtype)
+
+
+@pytest.mark.parametrize("cap", [1e20, 1e30])
+def test_a_large_soft_cap_is_no_cap(cap: float) -> None:
+    for block_size in (None, 2):
+        run = functools.partial(ragged_attention, *SMALL.operands(), block_size=block_size)
+        for got, want in zip(run(logits_soft_cap=cap), run(), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fun", [ragged_attention, reference_ragged_attention])
+def test_more_positions_than_int32_counts(fun: Any) -> None:
+    query, cache = (jax.ShapeDtypeStruct(s, F32) for s in ((1, 1, 1), (1, 2**31, 1, 1)))
+    with pytest.raises(ValueError, match=r"must have fewer than 2\*\*31 positions.*merge_partials"):
+        jax.eval_shape(fun, query, cache, cache, np.ones(1, np.int32))
 
 
 def test_traced_scale() -> None:

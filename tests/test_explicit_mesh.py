@@ -164,6 +164,17 @@ def test_errors(mesh: Any, which: int, spec: P, message: str) -> None:
             jax.jit(op(GQA))(*operands)
 
 
+@pytest.mark.parametrize("which", [1, 3])
+def test_rows_and_heads_over_one_axis(mesh: Any, which: int) -> None:
+    """The query's heads and another operand's rows, which the types of the results would join."""
+    operands = list(sharded.operands(MQA))
+    with jax.set_mesh(mesh):
+        operands[0] = sharded.place(mesh, operands[0], None, None, "model")
+        operands[which] = sharded.place(mesh, operands[which], "model")
+        with pytest.raises(TypeError, match="must be sharded over different axes of the mesh; got"):
+            jax.jit(op(MQA))(*operands)
+
+
 def test_rows_split_over_different_axes(mesh: Any) -> None:
     query, key, value, lengths = sharded.operands(MQA)
     with jax.set_mesh(mesh):

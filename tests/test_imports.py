@@ -41,3 +41,32 @@ def test_imports_run_one_way(folder: str) -> None:
 def test_folder_has_one_name(folder: str) -> None:
     done = _python(f"import {folder}")
     assert f"import jax_ragged.{folder} instead" in done.stderr
+
+
+def test_imported_again() -> None:
+    """A second import, of some modules or of all, still exports, and reads old programs."""
+    done = _python(
+        """
+import importlib, sys
+import jax, jax.numpy as jnp
+import jax_ragged
+
+operands = jnp.ones((1, 1, 4)), jnp.ones((1, 3, 1, 4)), jnp.ones((1, 3, 1, 4)), jnp.array([2])
+
+def serialized():
+    return jax.export.export(jax.jit(jax_ragged.ragged_attention))(*operands).serialize()
+
+def denominator(program):
+    return jax.export.deserialize(program).call(*operands).denominator.item()
+
+old = serialized()
+importlib.reload(jax_ragged._attention)
+importlib.reload(jax_ragged)
+print(denominator(old), denominator(serialized()))
+for name in [x for x in sys.modules if x.split(".")[0] == "jax_ragged"]:
+    del sys.modules[name]
+import jax_ragged
+print(denominator(old), denominator(serialized()))
+"""
+    )
+    assert done.stdout.split() == ["2.0"] * 4, done.stderr
