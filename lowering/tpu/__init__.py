@@ -23,6 +23,8 @@ from jax_ragged.lowering.tpu.chips import Chip, chip_of
 from jax_ragged.lowering.tpu.layout import LANES, alike, round_up
 
 MAX_HEAD_DIM = 512
+# Mosaic does not broadcast, pack or compile bfloat16 registers of fewer rows.
+MIN_BFLOAT16_HEAD_DIM = 5
 
 
 def _check(
@@ -44,6 +46,13 @@ def _check(
     if largest > MAX_HEAD_DIM:
         raise Unsupported(
             f"its kernels take head dimensions up to {MAX_HEAD_DIM}, and this is {largest}"
+        )
+
+    least = min(query.shape[-1], value.shape[-1])
+    if query.dtype == jnp.bfloat16 and least < MIN_BFLOAT16_HEAD_DIM:
+        raise Unsupported(
+            f"its kernels take head dimensions from {MIN_BFLOAT16_HEAD_DIM} on in bfloat16, and "
+            f"this is {least}"
         )
 
     def refused(block_size: int | None) -> str | None:
@@ -137,7 +146,7 @@ class _TPU(Lowering):
         )
         out, max_logit, denominator = work_list.complete(results, work, params.mask_value)
         return ByResult(
-            call.from_rows(out).astype(params.result_dtype(query.dtype)),
+            call.from_rows(out),
             call.from_rows(max_logit[..., None])[..., 0],
             call.from_rows(denominator[..., None])[..., 0],
         )
@@ -161,11 +170,7 @@ class _TPU(Lowering):
         device_kind: str | None,
     ) -> ByOperand[jax.Array | None]:
         problem = _derivative("vjp", residuals, params, device_kind)
-        asked = (wrt.query is not None, wrt.key is not None, wrt.value is not None)
-        grads = backward.vjp(problem, residuals, cotangents, asked)
-        return ByOperand(
-            *(None if x is None else x.astype(d) for x, d in zip(grads, wrt, strict=True))
-        )
+        return ByOperand(*backward.vjp(problem, residuals, cotangents, wrt))
 
 
 def _derivative(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_ragged.lowering.contract import Residuals
+from jax_ragged.lowering.contract import ByOperand, Residuals, Unsupported
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu import block_size, derivative_kernels as kernels
@@ -102,12 +102,22 @@ def jvp_traffic(sizes: Call, wrt: Wrt) -> Traffic:
     return _traffic(sizes, 1 + wrt[1], reads_value + wrt[2], 1 + sum(wrt) + reads_value)
 
 
-def vjp_traffic(sizes: Call, wrt: Wrt, *, with_o_bar: bool = True) -> Traffic:
-    """What the kernel of the cotangents moves, if wrt asks for those of (query, key, value)."""
+def vjp_traffic(
+    sizes: Call,
+    wrt: Wrt,
+    *,
+    with_o_bar: bool = True,
+    wide: tuple[bool, ...] = (False, False, False),
+) -> Traffic:
+    """What the kernel of the cotangents moves, if wrt asks for those of (query, key, value).
+
+    One that is wider than its operand, in float32 of bfloat16, counts as two.
+    """
     reads_value = with_o_bar and (wrt[0] or wrt[1])
     accumulates = sizes.tiles > 1 and (wrt[1] or wrt[2])
     products = 1 + sum(wrt) + reads_value
-    return _traffic(sizes, 1 + wrt[1], reads_value + wrt[2], products, accumulates=accumulates)
+    keys, values = (wrt[i] * (1 + wide[i]) for i in (1, 2))
+    return _traffic(sizes, 1 + keys, reads_value + values, products, accumulates=accumulates)
 
 
 def maximum_traffic(sizes: Call) -> Traffic:
@@ -179,7 +189,7 @@ class _Launch:
     ) -> None:
         chosen = problem.choose(traffic_of)
         if isinstance(chosen, str):
-            raise NotImplementedError(f"ragged_attention: {chosen}. Pass block_size=None.")
+            raise Unsupported(chosen)
         sizes, blocks = chosen
         lo = sizes.tile_windows(jnp.maximum(residuals.starts, 0))
         hi = sizes.tile_windows(jnp.minimum(residuals.lengths, residuals.key.shape[1]))
@@ -295,7 +305,9 @@ def jvp(problem: Problem, residuals: Residuals, tangents: Optional3) -> Arrays3:
     return _Derivatives(problem, residuals).jvp(tangents)
 
 
-def vjp(problem: Problem, residuals: Residuals, cotangents: Optional3, wrt: Wrt) -> Optional3:
+def vjp(
+    problem: Problem, residuals: Residuals, cotangents: Optional3, wrt: ByOperand[Any]
+) -> Optional3:
     """As `lowering.reference.vjp`."""
     return _Derivatives(problem, residuals).vjp(cotangents, wrt)
 
@@ -308,12 +320,6 @@ def _rows(sizes: Call, x: jax.Array) -> jax.Array:
 def _unrows(sizes: Call, x: jax.Array) -> jax.Array:
     """[V, R] to [B, Q, Hq]."""
     return sizes.from_rows(x[..., None])[..., 0]
-
-
-def _lse(plan: Plan, m: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Over `Plan.unit`; 0 for an empty window."""
-    empty = denominator == 0
-    return jnp.where(empty, 0, m + jnp.log(jnp.where(empty, 1, denominator))) / plan.unit
 
 
 def _first(launch: _Launch, m: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -333,9 +339,25 @@ class _Derivatives:
     def _launch(self, traffic_of: Callable[[Call], Traffic], *, writes: bool = False) -> _Launch:
         return _Launch(self.problem, self.residuals, traffic_of, writes=writes)
 
-    def _lse(self, launch: _Launch) -> jax.Array:
-        m, denominator = self.residuals.max_logits, self.residuals.denominator
-        return _lse(launch.plan, *(_rows(launch.sizes, x) for x in (m, denominator)))
+    @property
+    def _empty(self) -> jax.Array:
+        """Which windows are empty, or have only logits of -inf: bool [B, Q, Hq]."""
+        return self.residuals.denominator == 0
+
+    def _of_windows(self, x: jax.Array) -> jax.Array:
+        """Rows [B, Q, Hq, ...] with zeros for the empty windows, which may hold NaN."""
+        empty = self._empty.reshape(*self._empty.shape, *(1,) * (x.ndim - 3))
+        return jnp.where(empty, jnp.zeros((), x.dtype), x)
+
+    @property
+    def _inverse(self) -> jax.Array:
+        """1 / denominator, and 0 for an empty window: [B, Q, Hq]."""
+        return self._of_windows(1 / jnp.where(self._empty, 1, self.residuals.denominator))
+
+    def _max_logits(self, launch: _Launch) -> jax.Array:
+        """Over `Plan.unit`, [V, R]."""
+        m = self._of_windows(self.residuals.max_logits)
+        return _rows(launch.sizes, launch.plan.in_units(m))
 
     def first_maximum(self) -> jax.Array:
         """T*: int32 [B, Q, Hq]."""
@@ -347,11 +369,12 @@ class _Derivatives:
         _, first = _first(launch, *launch.run(kernels.maximum_kernel, "ragged_attention_maximum"))
         return _unrows(launch.sizes, first)
 
-    def vjp(self, cotangents: Optional3, wrt: Wrt) -> Optional3:
+    def vjp(self, cotangents: Optional3, wrt: ByOperand[Any]) -> Optional3:
         """As `lowering.reference.vjp`."""
         o_bar, m_bar, l_bar = cotangents
-        kernel_wrt = (wrt[0], wrt[1], wrt[2] and o_bar is not None)
-        with_maximum = (m_bar is not None or l_bar is not None) and (wrt[0] or wrt[1])
+        asked_for = _given(wrt)
+        kernel_wrt = (asked_for[0], asked_for[1], asked_for[2] and o_bar is not None)
+        with_maximum = (m_bar is not None or l_bar is not None) and any(kernel_wrt[:2])
         at = self.first_maximum() if with_maximum else None
         passes = [kernel_wrt]
         if self.problem.readings[0].tiles > 1:
@@ -359,66 +382,76 @@ class _Derivatives:
             passes = [(kernel_wrt[0], False, False), (False, *kernel_wrt[1:])]
         bars: list[jax.Array | None] = [None, None, None]
         for asked in passes:
-            for i, x in zip(_where(asked), self._pass(cotangents, asked, at), strict=True):
+            dtypes = ByOperand(*(d if x else None for d, x in zip(wrt, asked, strict=True)))
+            for i, x in zip(_where(asked), self._pass(cotangents, dtypes, at), strict=True):
                 bars[i] = x
-        if wrt[2] and o_bar is None:
-            bars[2] = jnp.zeros_like(self.residuals.value)
+        if asked_for[2] and o_bar is None:
+            bars[2] = jnp.zeros(self.residuals.value.shape, wrt.value)
         return bars[0], bars[1], bars[2]
 
-    def _pass(self, cotangents: Optional3, wrt: Wrt, at: jax.Array | None) -> list[jax.Array]:
-        """The cotangents of those of (query, key, value) that wrt asks for, by one kernel."""
+    def _pass(
+        self, cotangents: Optional3, dtypes: ByOperand[Any], at: jax.Array | None
+    ) -> list[jax.Array]:
+        """The cotangents of those of (query, key, value) that have a dtype, by one kernel."""
+        wrt = _given(dtypes)
         if not any(wrt):
             return []
         query, key, value = self.residuals[:3]
-        o_bar = cotangents[0]
+        with_o_bar = cotangents[0] is not None
+        wide = tuple(x is not None and x != query.dtype for x in dtypes)
         launch = self._launch(
-            lambda x: vjp_traffic(x, wrt, with_o_bar=o_bar is not None), writes=wrt[1] or wrt[2]
+            lambda x: vjp_traffic(x, wrt, with_o_bar=with_o_bar, wide=wide),
+            writes=wrt[1] or wrt[2],
         )
         sizes, plan = launch.sizes, launch.plan
         if at is not None:
             launch.lanes(_rows(sizes, at))
-        launch.lanes(self._lse(launch), *(_rows(sizes, x) for x in self._u_and_a(cotangents)))
-        launch.rows(sizes.to_rows(query))
+        o_bar, u, a = self._of_rows(cotangents)
+        launch.lanes(self._max_logits(launch), *(_rows(sizes, x) for x in (u, a)))
+        launch.rows(sizes.to_rows(self._of_windows(query)))
         launch.cache(key, sizes.key)
         if o_bar is not None:
-            launch.rows(sizes.to_rows(o_bar.astype(value.dtype)))
+            launch.rows(sizes.to_rows(o_bar))
         if o_bar is not None and (wrt[0] or wrt[1]):
             launch.cache(value, sizes.value)
         if wrt[0]:
-            partial = jnp.float32 if launch.walk.cores > 1 else query.dtype
+            partial = jnp.float32 if launch.walk.cores > 1 else dtypes.query
             launch.by_core(sizes.rows, sizes.D, dtype=partial)
             launch.scratch(*kernels.sum_shape(sizes.key, plan))
-        for x, layout, asked in ((key, sizes.key, wrt[1]), (value, sizes.value, wrt[2])):
-            if asked:
-                launch.like_cache(layout, x.dtype)
+        for dtype, layout in ((dtypes.key, sizes.key), (dtypes.value, sizes.value)):
+            if dtype is not None:
+                launch.like_cache(layout, dtype)
                 if sizes.tiles > 1:
                     launch.scratch(*layout.block_shape(plan.blocks.T))
         kernel = functools.partial(
-            kernels.vjp_kernel, wrt=wrt, with_o_bar=o_bar is not None, with_maximum=at is not None
+            kernels.vjp_kernel, wrt=wrt, with_o_bar=with_o_bar, with_maximum=at is not None
         )
         results = iter(launch.run(kernel, "ragged_attention_vjp"))
         bars = []
         if wrt[0]:
             q_bar = launch.visited(next(results), 0).sum(axis=0)
-            bars.append(sizes.from_rows(q_bar.astype(query.dtype)))
+            bars.append(self._of_windows(sizes.from_rows(q_bar.astype(dtypes.query))))
         for layout, asked in ((sizes.key, wrt[1]), (sizes.value, wrt[2])):
             if asked:
                 bars.append(layout.unview(next(results), sizes.S)[:, : key.shape[1]])
         return bars
 
-    def _u_and_a(self, cotangents: Optional3) -> tuple[jax.Array, jax.Array]:
-        """Of each row, [B, Q, Hq]."""
+    def _of_rows(self, cotangents: Optional3) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+        """o_bar / l [B, Q, Hq, Dv] in the dtype of the cache, u and a [B, Q, Hq]."""
         o_bar, m_bar, l_bar = cotangents
         out, denominator = self.residuals.out, self.residuals.denominator
         u = a = jnp.zeros_like(denominator)
         if o_bar is not None:
-            u -= (o_bar.astype(u.dtype) * out.astype(u.dtype)).sum(axis=-1)
+            o_bar = self._of_windows(o_bar.astype(u.dtype) * self._inverse[..., None])
+            # u cancels products of the values with o_bar / l, so it is taken from the same numbers.
+            o_bar = o_bar.astype(self.residuals.value.dtype)
+            u -= (o_bar.astype(u.dtype) * out).sum(axis=-1)
         if l_bar is not None:
-            u += l_bar * denominator
+            u += l_bar
             a -= l_bar * denominator
         if m_bar is not None:
             a += m_bar
-        return u, a
+        return o_bar, self._of_windows(u), self._of_windows(a)
 
     def jvp(self, tangents: Optional3) -> Arrays3:
         """As `lowering.reference.jvp`."""
@@ -427,7 +460,7 @@ class _Derivatives:
         wrt = (q_dot is not None, k_dot is not None, v_dot is not None)
         launch = self._launch(lambda x: jvp_traffic(x, wrt))
         sizes, plan = launch.sizes, launch.plan
-        launch.lanes(self._lse(launch))
+        launch.lanes(self._max_logits(launch))
         launch.rows(sizes.to_rows(query))
         launch.cache(key, sizes.key)
         if wrt[0] or wrt[1]:
@@ -446,12 +479,18 @@ class _Derivatives:
         at, first = _first(launch, m, at)
         z_sum, m_dot = (lanes_by_row(plan, launch.visited(x, 0)) for x in (z_sum, m_dot))
         m_dot = jnp.where(at == first[None], m_dot, 0).sum(axis=0)
-        o_sum = sizes.from_rows(launch.visited(o_sum, 0).sum(axis=0))
+        o_sum = sizes.from_rows(launch.visited(o_sum, 0).sum(axis=0)) * self._inverse[..., None]
         z_sum, m_dot = (_unrows(sizes, x) for x in (z_sum.sum(axis=0), m_dot))
+        z_sum *= self._inverse
         out, denominator = self.residuals.out, self.residuals.denominator
         o_dot = o_sum - z_sum[..., None] * out.astype(jnp.float32)
         o_dot = o_dot.astype(self.problem.params.result_dtype(query.dtype))
-        return o_dot, m_dot, denominator * (z_sum - m_dot)
+        l_dot = denominator * (z_sum - m_dot)
+        return self._of_windows(o_dot), self._of_windows(m_dot), self._of_windows(l_dot)
+
+
+def _given(dtypes: ByOperand[Any]) -> Wrt:
+    return dtypes.query is not None, dtypes.key is not None, dtypes.value is not None
 
 
 def _where(marks: tuple[bool, ...]) -> list[int]:

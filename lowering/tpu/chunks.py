@@ -74,6 +74,10 @@ class Plan:
         p = self.params
         return p.softmax_scale if p.logits_soft_cap is None and p.softmax_scale > 0 else 1.0
 
+    def in_units(self, max_logits: jax.Array) -> jax.Array:
+        """Maxima of logits as maxima of z: the same float32 in every kernel."""
+        return max_logits if self.unit == 1 else max_logits * (1 / self.unit)
+
     @property
     def chunks(self) -> int:
         return self.blocks.T // self.blocks.chunk

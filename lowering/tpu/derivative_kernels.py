@@ -3,10 +3,10 @@
 Formulas are those of `lowering.reference`, with the softmax normalised: for the logits z of the
 columns of a chunk, in the rows and columns of the forward kernel (`chunks`),
 
-    p = exp(z - lse)        lse = m + log l        u = l l' - <o', o>        a = m' - l l'
+    p = exp(z - m)        o" = o' / l        u = l' - <o", o>        a = m' - l l'
 
-    z' = p (<o', v> + u) + a [t = t*]        q' = s' k        k' = s' q        v' = p o'
-    z. = s. dz/ds        o. = sum p z. v + p v. - (sum p z.) o        m. = z.[t*]
+    z' = p (<o", v> + u) + a [t = t*]        q' = s' k        k' = s' q        v' = p o"
+    z. = s. dz/ds        l o. = sum p z. v + p v. - (sum p z.) o        m. = z.[t*]
 
 with s' = z' dz/ds. Statistics come by lane, [P, 128]: in the lane of a column stands that of its
 head. Running results stay by lane too; XLA combines them after the kernel.
@@ -210,6 +210,12 @@ class _Sum:
         """Parts that are stored at once: of strided heads, those that share words."""
         return self.layout.packing if self.layout.strided else 1
 
+    @classmethod
+    def of(cls, ref: Any, layout: CacheLayout, weights: jax.Array, rows: jax.Array) -> Self:
+        """The sum in the dtype of ref, which is wider than the cache's where sums follow."""
+        packing = 4 // ref.dtype.itemsize
+        return cls(ref, dataclasses.replace(layout, packing=packing), weights, rows)
+
     def store(self, part: int, products: Slices, plan: Plan, j: Any, *, add: bool) -> None:
         """The products from a part on, of chunk j."""
         layout = self.layout
@@ -320,9 +326,13 @@ class _Logits:
         ]
         return cls(z, dz, position)
 
-    def probabilities(self, plan: Plan, lse: jax.Array) -> Slices:
-        """Of lse over `Plan.unit`."""
-        return [jnp.exp2((z - lse) * (plan.unit * LOG2_E)) for z in self.z]
+    def weights(self, plan: Plan, m: jax.Array) -> Slices:
+        """exp(z - m) for m over `Plan.unit`: as in the forward, to the bit.
+
+        Rows and sums are divided by l outside of the kernel. exp(z - (m + log l)) would lose the
+        digits that log l has below the last one of m.
+        """
+        return [jnp.exp2((z - m) * (plan.unit * LOG2_E)) for z in self.z]
 
     def times_dz(self, x: Slices) -> Slices:
         """By dz/ds."""
@@ -418,12 +428,12 @@ def vjp_kernel(
     def weights(j: Any, windows: Windows | None) -> tuple[Slices, Slices]:
         """P and s' of chunk j."""
         logits = _Logits.of(q_ref[0], k_ref, plan, step.start, j, windows)
-        p = logits.probabilities(plan, stats[0])
+        p = logits.weights(plan, stats[0])
         if not (wrt[0] or wrt[1]):
             return p, []
         z_bar = [x * y for x, y in zip(p, p_bar(j, windows, len(p)), strict=True)]
         if at is not None:
-            # At the maximum p is 1 / l > 0; it is 0 in the columns of other heads.
+            # At the maximum p is 1; it is 0 in the columns of other heads.
             z_bar = [
                 x + jnp.where((t == at[0]) & (y > 0), stats[2], 0.0)
                 for x, y, t in zip(z_bar, p, logits.position, strict=True)
@@ -443,11 +453,11 @@ def vjp_kernel(
                 sum_ref[...] = total
             if k_bar_ref is not None:
                 for of_chunk, x in zip(sums, s_weights, strict=True):
-                    of_chunk.append(_Sum(k_bar_ref, plan.key, x, q_ref[0]))
+                    of_chunk.append(_Sum.of(k_bar_ref, plan.key, x, q_ref[0]))
         if v_bar_ref is not None and o_bar_ref is not None:
             for of_chunk, (p, _) in zip(sums, pairs, strict=True):
                 x = _weights(p, plan.value, plan, k_ref.dtype)
-                of_chunk.append(_Sum(v_bar_ref, plan.value, x, o_bar_ref[0]))
+                of_chunk.append(_Sum.of(v_bar_ref, plan.value, x, o_bar_ref[0]))
         for j, of_chunk in zip(chunks, sums, strict=True):
             if of_chunk:
                 _store(of_chunk, plan, j, add=accumulates)
@@ -543,7 +553,7 @@ def jvp_kernel(
     plan = walk.plan
     step = Step(walk, work)
     bounds = Lanes.of(plan, inputs, scratch, step) if plan.queries > 1 else None
-    lse = Lanes.of(plan, inputs, scratch, step)
+    stats = Lanes.of(plan, inputs, scratch, step)
     q_ref, k_ref = next(inputs), next(inputs)
     v_ref = next(inputs) if wrt[0] or wrt[1] else None
     q_dot_ref, k_dot_ref, v_dot_ref = (next(inputs) if w else None for w in wrt)
@@ -570,7 +580,7 @@ def jvp_kernel(
 
     def compute(chunks: list[Any], windows: Windows | None) -> None:
         logits = [_Logits.of(q_ref[0], k_ref, plan, step.start, j, windows) for j in chunks]
-        p = [x.probabilities(plan, lse[0]) for x in logits]
+        p = [x.weights(plan, stats[0]) for x in logits]
         total = sum_ref[...]
         if wrt[0] or wrt[1]:
             z_dot = [

@@ -22,6 +22,7 @@ The unit of z is such that no multiplication is spent: `exp(z - m) = exp2((z - m
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -205,7 +206,15 @@ class State:
         empty = total == 0
         inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, total))
         o = join_tiles(o, plan)
-        max_logits = jnp.where(empty, plan.params.mask_value, m * plan.unit)
+        # The product with the unit rounds m, at a logit of 1e4 by up to 5e-4. The derivatives start
+        # from the rounded maximum, so the sum is relative to that, and their weights add up to 1.
+        # Selections stand between the products and the difference: else XLA, in interpretation,
+        # would fold the factors into one or fuse the last into the difference, without rounding.
+        max_logits = jnp.where(empty, 0.0, m * plan.unit)
+        if math.frexp(plan.unit)[0] != 0.5:
+            shift = m - jnp.where(empty, m, plan.in_units(max_logits))
+            total = total * jnp.exp2(shift * (plan.unit * LOG2_E))
+        max_logits = jnp.where(empty, plan.params.mask_value, max_logits)
         statistics = jnp.concatenate([max_logits.T[:1], total.T[:1]], axis=0)
         return o * to_lanes(inverse, o.shape[1]), statistics
 
@@ -344,7 +353,7 @@ def call(
     out_specs = [pl.BlockSpec((1, *shape), result) for shape in ((R, Dv), (2, R))]
     out_specs += [pl.BlockSpec((1, R, Dv), lambda c, *_: (c, 0, 0))] * parts
     out_shape = [
-        result_type((rows, R, Dv), query.dtype, query),
+        result_type((rows, R, Dv), plan.params.result_dtype(query.dtype), query),
         result_type((rows, 2, R), jnp.float32, query),
     ]
     out_shape += [result_type((cores, R, Dv), jnp.float32, query)] * parts
