@@ -252,7 +252,7 @@ def along_rows(x: jax.Array, y: jax.Array) -> jax.Array:
     R = x.shape[1]
     if R > _ROWS_UNROLLED:
         return _dot((1, 1), x, y).transpose(1, 0, 2)
-    return functools.reduce(jnp.add, (x[:, r].T[..., None] * y[:, r] for r in range(R)))
+    return functools.reduce(jnp.add, (x[:, r].T[..., None] * y[None, :, r] for r in range(R)))
 
 
 def scaled_query(query: jax.Array, Hkv: int, params: RaggedAttentionParams) -> jax.Array:

@@ -76,11 +76,11 @@ class _Maximum(NamedTuple):
 
     def gather(self, x: jax.Array) -> jax.Array:
         """x [B, S, Hkv, D] at t*, widened, [B, Hkv, R, D]; 0 where there is none."""
-        at_max = x.at[self.index].get(mode="promise_in_bounds").astype(self.z.dtype)
+        at_max = x.at[self.where].get(mode="promise_in_bounds").astype(self.z.dtype)
         return jnp.where(self.exists[..., None], at_max, 0)
 
     @property
-    def index(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def where(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Where t* lies in a cache: row, position and head, [B, Hkv, R] each."""
         b, h = (lax.broadcasted_iota(jnp.int32, self.t.shape, i) for i in (0, 1))
         return b, self.t, h
@@ -289,7 +289,7 @@ def vjp(
         if q_bar is not None:
             q_bar += s_bar * maximum.gather(key)
         if k_bar is not None:
-            k_bar = k_bar.at[maximum.index].add(s_bar * rows.q, mode="promise_in_bounds")
+            k_bar = k_bar.at[maximum.where].add(s_bar * rows.q, mode="promise_in_bounds")
     if q_bar is not None:
         q_bar = rows.kept(q_bar * jnp.asarray(params.softmax_scale, q_bar.dtype))
         q_bar = by_query(q_bar.astype(wrt.query), query.shape[1])
