@@ -189,6 +189,28 @@ def vjp(
     return Gradients(query_bar, key_bar, value_bar)
 
 
+def vjp_tangent(
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Array,
+    starts: Array | None,
+    cotangents: Sequence[Array],
+    operands_dot: Sequence[Array],
+    cotangents_dot: Sequence[Array],
+    **params: Any,
+) -> Gradients:
+    """The tangent of `vjp` for tangents of query, key, value and of the cotangents.
+
+    By the complex step, as `jvp`.
+    """
+    step = 1e-100
+    moved = [x + 1j * step * t for x, t in zip((query, key, value), operands_dot, strict=True)]
+    bars = [x + 1j * step * t for x, t in zip(cotangents, cotangents_dot, strict=True)]
+    grads = vjp(moved[0], moved[1], moved[2], lengths, starts, bars, **params)
+    return Gradients(*(np.imag(x) / step for x in grads))
+
+
 def inside(
     query: Array, S: int, lengths: Array, starts: Array | None = None
 ) -> npt.NDArray[np.bool_]:

@@ -1,4 +1,6 @@
-"""Making and reading jaxprs and compiled programs, also for TPUs that are not there.
+"""Functions of a call to transform, and reading of the jaxprs and programs that JAX makes of them.
+
+Programs are compiled for TPUs that are not there, too.
 
 `test_programs.py` shows every reader a program in which it finds what other tests miss.
 """
@@ -7,7 +9,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +18,54 @@ from jax.experimental import topologies
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.sharding import SingleDeviceSharding
 
+import cases
 from benchmarks.tpu_cases import TOPOLOGIES
 from jax_ragged import ragged_attention
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # What moves or makes an array in optimised HLO.
 MOVES = ("copy", "transpose", "convert", "fusion", "pad")
+ALL = (0, 1, 2)
+WRT = ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), ALL)
 NAMES = ("ragged_attention", "ragged_attention_jvp", "ragged_attention_vjp")
+
+
+def op(case: cases.Case, **params: Any) -> Callable[..., Any]:
+    """ragged_attention with a case's static parameters; its results as a plain tuple."""
+    keywords = {**case.params, **params}
+    return lambda *operands: tuple(ragged_attention(*operands, **keywords))
+
+
+def _moving(
+    fun: Callable[..., Any], operands: Sequence[Any], wrt: Sequence[int]
+) -> Callable[..., Any]:
+    def of_moving(*moving: Any) -> Any:
+        full = list(operands)
+        for i, x in zip(wrt, moving, strict=True):
+            full[i] = x
+        return fun(*full)
+
+    return of_moving
+
+
+def pullback(fun: Callable[..., Any], wrt: Sequence[int] = ALL) -> Callable[..., Any]:
+    """(operands, cotangents) to the cotangents of the operands in wrt."""
+
+    def run(operands: Sequence[Any], cotangents: Any) -> Any:
+        _, pull = jax.vjp(_moving(fun, operands, wrt), *(operands[i] for i in wrt))
+        return pull(cotangents)
+
+    return run
+
+
+def pushforward(fun: Callable[..., Any], wrt: Sequence[int] = ALL) -> Callable[..., Any]:
+    """(operands, tangents of those in wrt) to the tangents of the results."""
+
+    def run(operands: Sequence[Any], tangents: Any) -> Any:
+        primals = tuple(operands[i] for i in wrt)
+        return jax.jvp(_moving(fun, operands, wrt), primals, tuple(tangents))[1]
+
+    return run
 
 
 def _walk(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:

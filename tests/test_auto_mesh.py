@@ -12,9 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import sharded
 from cases import Case, assert_results, ids, tiered
-from derivatives import op, pullback, pushforward
 from jax_ragged import ragged_attention
-from programs import collectives, compiled_text
+from programs import collectives, compiled_text, op, pullback, pushforward
 from sharded import CASES, GQA, MQA
 
 every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))

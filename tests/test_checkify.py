@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import checkify
 
 from cases import SMALL, SMALL_QUERIES, Case, assert_results, poison
-from derivatives import op, pullback
+from programs import op, pullback
 
 CASES = (SMALL, SMALL_QUERIES)
 ALL = checkify.float_checks | checkify.index_checks | checkify.user_checks

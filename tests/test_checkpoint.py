@@ -7,8 +7,7 @@ import pytest
 
 import oracle
 from cases import FLOAT32, FLOAT32_DERIVATIVE, SMALL_QUERIES, assert_close
-from derivatives import op, pullback
-from programs import counts
+from programs import counts, op, pullback
 
 NAMES = ("ragged_attention_out", "ragged_attention_max_logits", "ragged_attention_denominator")
 POLICIES = jax.checkpoint_policies

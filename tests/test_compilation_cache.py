@@ -15,9 +15,9 @@ import pytest
 from jax import monitoring
 
 from cases import SMALL
-from derivatives import op, pullback
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.primitives import ragged_attention_p
+from programs import op, pullback
 
 OPERANDS, BARS = SMALL.operands(), SMALL.cotangents()
 

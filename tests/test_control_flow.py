@@ -19,8 +19,7 @@ from cases import (
     assert_close,
     assert_results,
 )
-from derivatives import op
-from programs import counts
+from programs import counts, op
 
 STEPS = 4
 DECODE = Case("decode", (0, 1, 2), Hq=2, Hkv=1, S=6, D=4, Dv=4)

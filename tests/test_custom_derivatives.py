@@ -9,7 +9,7 @@ import pytest
 
 import oracle
 from cases import FLOAT32, FLOAT32_DERIVATIVE, SMALL, assert_close
-from derivatives import op
+from programs import op
 
 OPERANDS, BARS = SMALL.operands(), SMALL.cotangents()
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from cases import SMALL
-from derivatives import op
+from programs import op
 
 OPERANDS = SMALL.operands()
 MARK = "ragged_attention"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cases import SMALL, SMALL_QUERIES, Case, poison
-from derivatives import op, pullback, pushforward
+from programs import op, pullback, pushforward
 
 pytestmark = pytest.mark.usefixtures("debug_nans")
 EMPTY = Case("empty", (0, 2), (0, 2), Hq=2, Hkv=1, S=6, D=4, Dv=3)

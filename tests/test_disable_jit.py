@@ -7,7 +7,7 @@ import numpy as np
 
 import oracle
 from cases import FLOAT32, FLOAT32_DERIVATIVE, SMALL_QUERIES, assert_close, assert_results
-from derivatives import op, pullback, pushforward
+from programs import op, pullback, pushforward
 
 CASE = SMALL_QUERIES
 

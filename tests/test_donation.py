@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cases import Case, assert_results
-from derivatives import op
 from jax_ragged import ragged_attention
+from programs import op
 
 pytestmark = pytest.mark.optimized
 CASE = Case("donated", (5, 3), Hq=2, Hkv=1, S=64, D=16, Dv=16)

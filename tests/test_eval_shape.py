@@ -8,7 +8,7 @@ import pytest
 
 import cases
 from cases import CASES, Case
-from derivatives import op, pullback, pushforward
+from programs import op, pullback, pushforward
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -10,9 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import sharded
 from cases import FLOAT32_SUMMED, Case, assert_results, ids, tiered
-from derivatives import op, pullback, pushforward
 from jax_ragged import ragged_attention
-from programs import collectives, compiled_text
+from programs import collectives, compiled_text, op, pullback, pushforward
 from sharded import CASES, GQA, MQA, place
 
 every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))

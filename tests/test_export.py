@@ -16,8 +16,8 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import sharded
 from cases import FLOAT32_SUMMED, Case, assert_results, ids, tiered
-from derivatives import op, pullback
 from jax_ragged import RaggedAttention, ragged_attention
+from programs import op, pullback
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 DATA = pathlib.Path(__file__).with_name("data")

@@ -22,10 +22,9 @@ from cases import (
     poison,
     tiered,
 )
-from derivatives import ALL, WRT, op, pullback
 from jax_ragged.primitives._signature import DIFFERENTIABLE, RESULTS, names
 from lowerings import RUNNERS, Runner
-from programs import counts, equations, largest_made
+from programs import ALL, WRT, counts, equations, largest_made, op, pullback
 
 
 def _id(x: Any) -> str:

@@ -19,8 +19,7 @@ from cases import (
     ids,
     tiered,
 )
-from derivatives import ALL, WRT, op, pullback
-from programs import counts, largest_made, temporary_bytes
+from programs import ALL, WRT, counts, largest_made, op, pullback, temporary_bytes
 
 N = 3
 AXES = [

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import oracle
 from cases import FLOAT32_DERIVATIVE, Case, Operands, assert_close, assert_results, poison
-from derivatives import op, pullback
+from programs import op, pullback
 
 # A pool, so that programs are compiled once for each and windows drawn freely.
 SHAPES = [

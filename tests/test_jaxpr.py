@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from cases import SMALL
-from derivatives import pullback
 from jax_ragged import ragged_attention
+from programs import pullback
 
 OPERANDS = SMALL.operands()
 

@@ -8,8 +8,8 @@ import pytest
 
 import cases
 from cases import SMALL, SMALL_QUERIES, Case, assert_results
-from derivatives import op
 from jax_ragged import ragged_attention
+from programs import op
 
 CASES = (SMALL, SMALL_QUERIES)
 

@@ -10,9 +10,8 @@ import pytest
 import cases
 import oracle
 from cases import FLOAT64, SMALL, SMALL_QUERIES, Case, assert_close, double
-from derivatives import ALL, WRT, op, pushforward
 from jax_ragged.primitives._signature import DIFFERENTIABLE, names
-from programs import counts, equations, largest_made
+from programs import ALL, WRT, counts, equations, largest_made, op, pushforward
 
 pytestmark = pytest.mark.usefixtures("x64")
 CASES = (double(SMALL), double(SMALL_QUERIES))

@@ -9,7 +9,7 @@ import pytest
 import cases
 import oracle
 from cases import FLOAT64_INNER, FLOAT64_SECOND, SMALL, SMALL_QUERIES, Case, double
-from derivatives import ALL, WRT, op, oracle_vjp_tangent, pullback, pushforward
+from programs import ALL, WRT, op, pullback, pushforward
 
 pytestmark = pytest.mark.usefixtures("x64")
 CASES = (double(SMALL), double(SMALL_QUERIES))
@@ -48,7 +48,7 @@ def test_jvp_of_vjp(case: Case, wrt: tuple[int, ...]) -> None:
     along = tuple(drawn[i] for i in wrt)
     grads, actual = jax.jvp(run, (at, bars), (along, bars_dot))
     _close(grads, oracle.vjp(*operands, bars, **case.definition))
-    _close(actual, oracle_vjp_tangent(case, operands, bars, dots, bars_dot))
+    _close(actual, oracle.vjp_tangent(*operands, bars, dots, bars_dot, **case.definition))
 
 
 @every_case
@@ -64,7 +64,7 @@ def test_vjp_of_jvp(case: Case) -> None:
     operands_bar, tangents_bar = pull(bars)
     _close(tangents_bar, oracle.vjp(*operands, bars, **case.definition))
     zeros = tuple(np.zeros_like(x) for x in bars)
-    curved = oracle_vjp_tangent(case, operands, bars, along, zeros)
+    curved = oracle.vjp_tangent(*operands, bars, along, zeros, **case.definition)
     np.testing.assert_allclose(
         _inner(operands_bar, along), _inner(curved, tangents), rtol=FLOAT64_INNER
     )
@@ -82,7 +82,7 @@ def test_vjp_of_vjp(case: Case) -> None:
     operands_bar, bars_bar = pull(weights)
     _close(bars_bar, oracle.jvp(*operands, weights, **case.definition))
     zeros = tuple(np.zeros_like(x) for x in bars)
-    curved = oracle_vjp_tangent(case, operands, bars, along, zeros)
+    curved = oracle.vjp_tangent(*operands, bars, along, zeros, **case.definition)
     np.testing.assert_allclose(
         _inner(operands_bar, along), _inner(curved, weights), rtol=FLOAT64_INNER
     )
@@ -98,7 +98,7 @@ def test_jvp_of_jvp(case: Case) -> None:
 
     _, actual = jax.jvp(run, operands[:3], second)
     zeros = tuple(np.zeros_like(x) for x in bars)
-    curved = oracle_vjp_tangent(case, operands, bars, second, zeros)
+    curved = oracle.vjp_tangent(*operands, bars, second, zeros, **case.definition)
     np.testing.assert_allclose(_inner(actual, bars), _inner(curved, first), rtol=FLOAT64_INNER)
 
 

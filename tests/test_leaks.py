@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from cases import SMALL
-from derivatives import op, pullback, pushforward
+from programs import op, pullback, pushforward
 
 OPERANDS, BARS = SMALL.operands(), SMALL.cotangents()
 

@@ -8,8 +8,7 @@ import pytest
 
 import oracle
 from cases import FLOAT64, SMALL, SMALL_QUERIES, Case, assert_close, double
-from derivatives import op
-from programs import counts
+from programs import counts, op
 
 pytestmark = pytest.mark.usefixtures("x64")
 CASES = [double(SMALL), double(SMALL_QUERIES)]

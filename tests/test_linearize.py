@@ -8,8 +8,7 @@ import pytest
 
 import oracle
 from cases import FLOAT64, SMALL_QUERIES, assert_close, double
-from derivatives import op
-from programs import counts
+from programs import counts, op
 
 pytestmark = pytest.mark.usefixtures("x64")
 CASE = double(SMALL_QUERIES)

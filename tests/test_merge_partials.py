@@ -11,9 +11,8 @@ from jax.test_util import check_grads
 
 import sharded
 from cases import BY_NAME, FLOAT32, FLOAT64_SECOND, Case, assert_close, assert_results, double, ids
-from derivatives import op, pullback, pushforward
 from jax_ragged import RaggedAttention, merge_partials, ragged_attention
-from programs import collectives, compiled_text
+from programs import collectives, compiled_text, op, pullback, pushforward
 
 # Windows that end in the first part, begin in the last, are empty, out of range; ties.
 CASES = (

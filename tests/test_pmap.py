@@ -8,8 +8,8 @@ import pytest
 
 import sharded
 from cases import Case, assert_results, ids
-from derivatives import op, pullback
 from jax_ragged import merge_partials
+from programs import op, pullback
 from sharded import CASES, GQA
 
 every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))

@@ -13,7 +13,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import sharded
 from cases import Case, pairwise
-from derivatives import op
 from jax_ragged.lowering._compat import CPU_THREADS_DOTS
 from lowerings import gpus
 from programs import (
@@ -27,6 +26,7 @@ from programs import (
     emitted,
     largest_made,
     made,
+    op,
     temporary_bytes,
 )
 

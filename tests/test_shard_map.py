@@ -11,12 +11,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import sharded
 from cases import FLOAT32_SUMMED, Case, assert_results, ids, tiered
-from derivatives import op, pullback, pushforward
 from jax_ragged import ragged_attention
 from jax_ragged.lowering._compat import varying_axes
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.primitives import ragged_attention_p
-from programs import collectives, compiled_text, equations
+from programs import collectives, compiled_text, equations, op, pullback, pushforward
 from sharded import CASES, GQA, MQA
 
 every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cases import BY_NAME, SMALL, SMALL_QUERIES, Case, assert_results
-from derivatives import op, pullback, pushforward
+from programs import op, pullback, pushforward
 
 pytestmark = pytest.mark.usefixtures("strict")
 CASES = (SMALL, SMALL_QUERIES, BY_NAME["bfloat16_queries"], BY_NAME["float16"])

@@ -15,7 +15,6 @@ from jax.experimental.pallas import tpu as pltpu
 import oracle
 from benchmarks.tpu_cases import TOPOLOGIES
 from cases import Case, assert_close, ids, poison, tiered
-from derivatives import ALL, op, pullback, pushforward
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu import backward
@@ -27,7 +26,7 @@ from jax_ragged.lowering.tpu.layout import CacheLayout
 from jax_ragged.lowering.tpu.walk import Walk
 from jax_ragged.lowering.tpu.work_list import WorkList
 from lowerings import refusal
-from programs import cache_sized, compile_call
+from programs import ALL, cache_sized, compile_call, op, pullback, pushforward
 
 # One for each order in which XLA keeps a cache, and for what a block can hold of a window.
 CASES = (

@@ -12,9 +12,8 @@ import pytest
 
 import oracle
 from cases import FLOAT32, SMALL, SMALL_QUERIES, Case, Operands, assert_close
-from derivatives import op
 from jax_ragged.primitives import ragged_attention_p
-from programs import counts, equations, largest_made, temporary_bytes
+from programs import counts, equations, largest_made, op, temporary_bytes
 
 N = 3
 SUBSETS = [s for s in itertools.product((False, True), repeat=5) if any(s)]

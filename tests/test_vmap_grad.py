@@ -8,8 +8,7 @@ import pytest
 
 import oracle
 from cases import FLOAT32_DERIVATIVE, SMALL, SMALL_QUERIES, Case, Operands, assert_close
-from derivatives import op, pullback
-from programs import counts
+from programs import counts, op, pullback
 
 N = 3
 # Axes of query, key, value, lengths, starts and of the cotangents.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cases import SMALL, SMALL_QUERIES, assert_results, double
-from derivatives import op, pullback
+from programs import op, pullback
 
 pytestmark = pytest.mark.usefixtures("x64")
 
