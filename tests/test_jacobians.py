@@ -15,7 +15,7 @@ from programs import ALL, counts, op
 
 pytestmark = pytest.mark.usefixtures("x64")
 CASES = (double(SMALL), double(SMALL_QUERIES))
-every_case = pytest.mark.parametrize("case", CASES, ids=cases.ids(CASES))
+every_case = pytest.mark.parametrize("case", cases.tiered(CASES, CASES[1:]), ids=cases.ids(CASES))
 
 
 def _basis(x: np.ndarray) -> Iterator[np.ndarray]:

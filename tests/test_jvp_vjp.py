@@ -13,7 +13,7 @@ from programs import ALL, WRT, op, pullback, pushforward
 
 pytestmark = pytest.mark.usefixtures("x64")
 CASES = (double(SMALL), double(SMALL_QUERIES))
-every_case = pytest.mark.parametrize("case", CASES, ids=cases.ids(CASES))
+every_case = pytest.mark.parametrize("case", cases.tiered(CASES, CASES[1:]), ids=cases.ids(CASES))
 
 
 def _inner(xs: Any, ys: Any) -> float:

@@ -76,7 +76,7 @@ def test_second_order(mesh: Any, case: Case) -> None:
 
 
 @pytest.mark.parametrize("axis", ["data", "model"])
-@every_case
+@pytest.mark.parametrize("case", tiered(CASES, [GQA]), ids=ids(CASES))
 def test_partly_manual(mesh: Any, case: Case, axis: str) -> None:
     """The other axis stays automatic: its part of `partition` gives kernels of each shard."""
     manual, automatic = (

@@ -1,6 +1,7 @@
 """Compiled for four TPU devices: one kernel on local shapes, and the cache stays where it is."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+from cases import tiered
 from jax_ragged import merge_partials, ragged_attention
 from programs import collectives, devices, made
 
@@ -71,11 +73,10 @@ def _attend(kind: str, mesh: Mesh, Hkv: int) -> Any:
     )
 
 
-KINDS = ("explicit", "auto", "shard_map")
+KINDS = list(itertools.product(("explicit", "auto", "shard_map"), (4, 1)))
 
 
-@pytest.mark.parametrize("Hkv", [4, 1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "Hkv"), tiered(KINDS, KINDS[1::4]))
 def test_forward(kind: str, Hkv: int) -> None:
     mesh = _mesh(AxisType.Explicit if kind == "explicit" else AxisType.Auto)
     text = _text(mesh, _attend(kind, mesh, Hkv), _operands(mesh, Hkv, _specs(Hkv)))
@@ -85,8 +86,7 @@ def test_forward(kind: str, Hkv: int) -> None:
     assert collectives(text) == {}
 
 
-@pytest.mark.parametrize("Hkv", [4, 1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "Hkv"), tiered(KINDS, [*KINDS[::4], KINDS[3]]))
 def test_reverse(kind: str, Hkv: int) -> None:
     """Two kernels; only the gradient of the one key head of MQA is summed over devices."""
     mesh = _mesh(AxisType.Explicit if kind == "explicit" else AxisType.Auto)
