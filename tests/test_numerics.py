@@ -16,8 +16,8 @@ from jax.sharding import AxisType, PartitionSpec as P
 import oracle
 import sharded
 from cases import BY_NAME, Case, assert_close, poison
-from derivatives import op, pullback, pushforward
 from jax_ragged import RaggedAttention, ragged_attention, reference_ragged_attention
+from programs import op, pullback, pushforward
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
