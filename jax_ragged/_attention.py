@@ -28,8 +28,8 @@ class RaggedAttention(NamedTuple):
     """The results of ragged attention.
 
     Attributes:
-      out: [B, (Q,) Hq, Dv] in `out_dtype`, by default that of query: the normalised attention
-        output.
+      out: [B, (Q,) Hq, Dv] in `out_dtype`, by default the dtype of query: the normalised
+        attention output.
       max_logits: [B, (Q,) Hq] in float32 (float64 for float64): the largest logit of the window,
         `mask_value` for an empty one.
       denominator: as max_logits: the sum of `exp(logit - max_logits)` over the window.
@@ -149,7 +149,7 @@ def _saturated(x: Any) -> Any:
 
 
 def _window_bound(x: jax.Array, rank: int) -> jax.Array:
-    """Casts to int32 [B] or [B, 1 or Q]; what int32 cannot hold is out of range and saturates."""
+    """Casts to int32 [B] or [B, 1 or Q]; a number that int32 cannot hold saturates."""
     limits = np.iinfo(np.int32)
     held = np.iinfo(x.dtype)
     if held.min < limits.min or held.max > limits.max:
@@ -279,8 +279,8 @@ def ragged_attention(
         where it has one for the call.
       partition: mesh axes of (B, [Q,] heads) under jit on a mesh of automatic axes, where a
         kernel cannot be partitioned by the compiler.
-      out_dtype: the dtype of `out`: that of query, the default, or that of the statistics, so
-        that partial results of narrow operands merge without being rounded first.
+      out_dtype: the dtype of `out`: the dtype of query, which is the default, or the dtype of the
+        statistics, so that partial results of narrow operands merge without being rounded first.
 
     Returns:
       The named tuple `RaggedAttention(out, max_logits, denominator)`.
@@ -324,7 +324,7 @@ def reference_ragged_attention(
 ) -> RaggedAttention:
     """`ragged_attention` by its definition: dense, in plain `jax.numpy`, at the cost of S.
 
-    Arguments, results and errors are those of `ragged_attention`; it is differentiated by JAX's
+    It has the arguments, results and errors of `ragged_attention`, and is differentiated by JAX's
     own rules. It computes in float32 (float64 for float64) and rounds the results once. At a tie
     of the maximum, the first position carries the derivative. A window without a position, or
     one whose logits are all -inf, is empty.

@@ -1,4 +1,4 @@
-"""Merging of partial results: those of the parts of one window, into those of the whole."""
+"""Merges the results of the parts of a window into the results of the whole window."""
 
 import dataclasses
 import functools
@@ -162,15 +162,15 @@ def merge_partials(
 
     The parts may be any disjoint pieces of the window, each with its own `(out, max_logits,
     denominator)`: the shards of a cache split by sequence over devices, or a shared prefix and
-    what follows it. Empty parts change no bit of the result; if all are empty, it is that of an
-    empty window. It is differentiable through all three, to any order.
+    what follows it. Empty parts change no bit of the result; if all are empty, so is the
+    result. It is differentiable through all three, to any order.
 
         merge_partials(prefix, rest)               # several results, of one shape
         merge_partials(stacked, axis=0)            # one whose arrays have an axis of parts
         merge_partials(result, axis="sequence")    # one on each device of a mesh axis
 
-    Call `ragged_attention` with `out_dtype="float32"` for parts of narrow operands: their `out`
-    is then rounded once, after merging.
+    For parts of narrow operands, call `ragged_attention` with `out_dtype="float32"`: their `out`
+    is then not rounded before it is merged.
 
     Args:
       *parts: results of `ragged_attention`, `(out, max_logits, denominator)` with out [..., Dv]

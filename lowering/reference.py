@@ -91,17 +91,17 @@ class _Softmax(NamedTuple):
         return jnp.where(nonempty, x, jnp.zeros((), x.dtype))
 
     def weighted(self, x: jax.Array) -> jax.Array:
-        """P x, [B, Q, Hkv, G, S], but 0 where p is 0, whatever x holds there."""
+        """The products p x, [B, Q, Hkv, G, S], but 0 where p is 0, whatever x holds there."""
         return jnp.where(self.p == 0, 0, self.p * x)
 
 
 def _scaled_dot(q: jax.Array, k: jax.Array, params: RaggedAttentionParams) -> jax.Array:
-    """S [B, Q, Hkv, G, S] of q [B, Q, Hkv, G, D] and k [B, S, Hkv, D]."""
+    """The logits s [B, Q, Hkv, G, S] of q [B, Q, Hkv, G, D] and k [B, S, Hkv, D]."""
     return params.softmax_scale * _dot("bqhgd,bshd->bqhgs", q, k)
 
 
 def _cap(s: jax.Array, params: RaggedAttentionParams) -> tuple[jax.Array, jax.Array | None]:
-    """Z and dz/ds; None stands for 1."""
+    """The capped logits z and dz/ds, both in the shape of s; None stands for 1."""
     if params.logits_soft_cap is None:
         return s, None
     tanh = jnp.tanh(s / params.logits_soft_cap)
@@ -229,7 +229,7 @@ def vjp(
     wrt: ByOperand[Any],
     params: RaggedAttentionParams,
 ) -> ByOperand[jax.Array | None]:
-    """Cotangents of those of (query, key, value) that wrt asks for: the transpose of jvp.
+    """Cotangents of query, key and value, for each that wrt asks for: the transpose of jvp.
 
     A None among the cotangents of (out, max_logits, denominator) is a zero. With a mean over the
     window weighted by p_t / l, and p_bar_t = <o_bar, v_t>:

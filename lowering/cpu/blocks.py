@@ -199,7 +199,7 @@ def put_block(x: jax.Array, block: Block, new: jax.Array) -> jax.Array:
 
 
 def varying_like(like: jax.Array, x: jax.Array) -> jax.Array:
-    """X as the initial value of a loop whose body gives what varies as `like` does."""
+    """The array x, as the initial value of a loop whose body makes values that vary like `like`."""
     return pcast_to_varying(x, varying_axes(like))
 
 
@@ -224,7 +224,7 @@ def pick(x: jax.Array, i: jax.Array) -> jax.Array:
 
 
 def put(x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
-    """X with x[i] replaced."""
+    """The array x with x[i] replaced."""
     replaced: jax.Array = lax.dynamic_update_index_in_dim(x, part, i, 0)
     return replaced
 

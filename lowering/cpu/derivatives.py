@@ -1,7 +1,7 @@
 """The derivatives, in one more run through the blocks of each row.
 
 The run takes m, l and o from the residuals, and p_t = exp(z_t - m) from logits z_t that it computes
-as the forward does. The terms are those of `lowering/reference.py`, in another order:
+as the forward does. The derivation is in `lowering/reference.py`; here the order is another:
 
     o_dot   = (sum p_t z_dot_t v_t + sum p_t v_dot_t - o sum p_t z_dot_t) / l
     z_bar_t = p_t (<o_bar / l, v_t> + shift) + at_max [t = t*]
@@ -12,8 +12,8 @@ Queries are scaled before the products, in the derivatives as in the forward. Wi
     z_dot_t   = slope_t (<scale query_dot, k_t> + <q, k_dot_t>)
     query_bar = scale sum_t slope_t z_bar_t k_t        k_bar_t = sum slope_t z_bar_t q
 
-The two parts of o_dot, and those of z_bar_t, cancel where the keys are much alike. They do so to
-the rounding of float32, since o is not rounded in the residuals.
+The two parts of o_dot cancel where the keys are much alike, and so do the two parts of z_bar_t.
+They cancel to the rounding of float32, since o is not rounded in the residuals.
 
 The terms that need t*, the position of the maximum, are left out of the run. The run finds t*, the
 first position at which the logits that it computes are largest; its terms, one position for each
@@ -253,7 +253,7 @@ def vjp(
     wrt: ByOperand[Any],
     params: RaggedAttentionParams,
 ) -> ByOperand[jax.Array | None]:
-    """Cotangents of those of (query, key, value) that wrt asks for: the transpose of jvp."""
+    """Cotangents of query, key and value, for each that wrt asks for: the transpose of jvp."""
     query, key, value, *_ = residuals
     if is_dense(query, key, value, params):
         return reference.vjp(residuals, cotangents, wrt, params)
@@ -305,7 +305,7 @@ def _run_vjp(
     maximum_asked: bool,
     params: RaggedAttentionParams,
 ) -> _Gradients:
-    """The gradients but for the terms at t*; those of the cache in the dtypes that wrt names."""
+    """The gradients without the terms at t*; k and v in the dtypes that wrt names."""
     query, key, value, lengths, starts, *_ = residuals
     q = cotangents.q
     B, Hkv, R, D = q.shape

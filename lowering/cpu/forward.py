@@ -1,6 +1,6 @@
 """The forward: a streaming softmax over the blocks of each row.
 
-With z_t the logits of one query and head and t running over what has been read,
+For one query and head, with z_t its logits and t running over the positions read so far,
 
     m = max z_t        l = sum exp(z_t - m)        a = sum exp(z_t - m) v_t
 
