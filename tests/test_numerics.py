@@ -19,8 +19,6 @@ from cases import BY_NAME, Case, assert_close, poison
 from jax_ragged import RaggedAttention, ragged_attention, reference_ragged_attention
 from programs import op, pullback, pushforward
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 WAYS: dict[str, Callable[..., RaggedAttention]] = {
     "definition": reference_ragged_attention,
     "reference": lambda *x, **p: ragged_attention(*x, implementation="reference", **p),

@@ -14,8 +14,6 @@ import oracle
 from cases import Case, assert_close
 from jax_ragged import RaggedAttention, ragged_attention, reference_ragged_attention
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 CASES = tuple(
     Case(f"wide_{dtype}", ((37, 36), (4, 0)), (2, 3), Q=2, dtype=dtype, logits_soft_cap=3.0)
     for dtype in ("bfloat16", "float16")
