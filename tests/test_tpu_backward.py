@@ -366,24 +366,27 @@ def test_compiles_without_copies(
     _assert_no_copies(generation, sizes, derivative, "bfloat16")
 
 
+DIFFERENT = [
+    # Refused while the matrices between different columns were counted twice.
+    ("v4", (16, 16, 64, 128), _vjp, "bfloat16"),
+    ("v4", (16, 16, 128, 64), _jvp, "bfloat16"),
+    ("v4", (32, 8, 192, 256), _vjp, "float32"),
+    ("v5p", (32, 32, 64, 256), _jvp, "float32"),
+    # With larger blocks than then.
+    ("v4", (16, 4, 192, 128), _jvp, "float32"),
+    ("v5e", (8, 2, 64, 256), _vjp, "bfloat16"),
+    ("v5e", (4, 1, 128, 64), _jvp, "float32"),
+    ("v5p", (8, 2, 64, 128), _vjp, "bfloat16"),
+    ("v6e", (8, 2, 128, 256), _vjp, "bfloat16"),
+    ("v6e", (4, 1, 64, 128), _jvp, "float32"),
+    ("7x", (32, 8, 64, 128), _vjp, "bfloat16"),
+    ("7x", (4, 1, 256, 128), _jvp, "float32"),
+]
+
+
 @pytest.mark.parametrize(
     ("generation", "sizes", "derivative", "dtype"),
-    [
-        # Refused while the matrices between different columns were counted twice.
-        ("v4", (16, 16, 64, 128), _vjp, "bfloat16"),
-        ("v4", (16, 16, 128, 64), _jvp, "bfloat16"),
-        ("v4", (32, 8, 192, 256), _vjp, "float32"),
-        ("v5p", (32, 32, 64, 256), _jvp, "float32"),
-        # With larger blocks than then.
-        ("v4", (16, 4, 192, 128), _jvp, "float32"),
-        ("v5e", (8, 2, 64, 256), _vjp, "bfloat16"),
-        ("v5e", (4, 1, 128, 64), _jvp, "float32"),
-        ("v5p", (8, 2, 64, 128), _vjp, "bfloat16"),
-        ("v6e", (8, 2, 128, 256), _vjp, "bfloat16"),
-        ("v6e", (4, 1, 64, 128), _jvp, "float32"),
-        ("7x", (32, 8, 64, 128), _vjp, "bfloat16"),
-        ("7x", (4, 1, 256, 128), _jvp, "float32"),
-    ],
+    tiered(DIFFERENT, DIFFERENT[::3]),
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_different_head_dims_compile(
