@@ -26,7 +26,7 @@ class LongestWindow(Lowering):
         self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
     ) -> ByResult[jax.Array]:
         """See `jax_ragged.Lowering.forward`; `device_kind` does not matter on a CPU."""
-        query, key, value, lengths, starts = operands
+        query, key, value, lengths, starts, *_ = operands
         if query.dtype != jnp.float32:
             raise Unsupported(f"it takes float32, and this is {query.dtype}")
         B, Q, Hq, D = query.shape

@@ -1,12 +1,10 @@
 """Ragged attention for decoding, as a JAX primitive."""
 
-from jax_ragged._attention import (
-    RaggedAttention,
-    ragged_attention,
-    reference_ragged_attention,
-)
+from jax_ragged._attention import ragged_attention, reference_ragged_attention
+from jax_ragged._caches import quantize_cache
 from jax_ragged._costs import Costs, EquationCost, costs
 from jax_ragged._merge import merge_partials
+from jax_ragged._results import RaggedAttention
 from jax_ragged.lowering.contract import Lowering, Unsupported
 from jax_ragged.lowering.params import DEFAULT_MASK_VALUE
 from jax_ragged.primitives import register_lowering
@@ -23,6 +21,7 @@ __all__ = [
     "__version__",
     "costs",
     "merge_partials",
+    "quantize_cache",
     "ragged_attention",
     "reference_ragged_attention",
     "register_lowering",

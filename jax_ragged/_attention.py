@@ -1,20 +1,23 @@
 """The public functions: they check, insert dimensions and bind."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from jax_ragged._caches import Cache, canonical, check_dtypes, check_shapes
+from jax_ragged._merge import with_sinks
+from jax_ragged._results import RaggedAttention
 from jax_ragged.lowering import reference
-from jax_ragged.lowering._compat import INLINE_EQUATIONS, forget_serialization
+from jax_ragged.lowering._compat import INLINE_EQUATIONS
 from jax_ragged.lowering.contract import Operands
 from jax_ragged.lowering.params import (
     DEFAULT_MASK_VALUE,
+    CacheLayout,
     Implementation,
     RaggedAttentionParams,
     statistics_dtype,
@@ -22,27 +25,7 @@ from jax_ragged.lowering.params import (
 from jax_ragged.lowering.sharding import split_alike
 from jax_ragged.primitives import ragged_attention_p
 from jax_ragged.primitives._primitive import bind
-
-
-class RaggedAttention(NamedTuple):
-    """The results of ragged attention.
-
-    Attributes:
-      out: [B, (Q,) Hq, Dv] in `out_dtype`, by default the dtype of query: the normalised
-        attention output.
-      max_logits: [B, (Q,) Hq] in float32 (float64 for float64): the largest logit of the window,
-        `mask_value` for an empty one.
-      denominator: as max_logits: the sum of `exp(logit - max_logits)` over the window.
-    """
-
-    out: jax.Array
-    max_logits: jax.Array
-    denominator: jax.Array
-
-
-_SERIALIZED_NAME = "jax_ragged.RaggedAttention"
-forget_serialization(_SERIALIZED_NAME)
-export.register_namedtuple_serialization(RaggedAttention, serialized_name=_SERIALIZED_NAME)
+from jax_ragged.primitives._signature import names, primals
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -51,23 +34,26 @@ def _either(*shapes: tuple[int, ...]) -> str:
     return " or ".join(dict.fromkeys(map(str, shapes)))
 
 
-def _check(query: Any, key: Any, value: Any, lengths: Any, starts: Any) -> None:
-    """Raises for the first argument that is not as the docstring of ragged_attention says."""
-    arrays = {"query": query, "key": key, "value": value, "lengths": lengths}
-    if starts is not None:
-        arrays["starts"] = starts
-    for name in ("query", "key", "value"):
-        if str(arrays[name].dtype) not in _FLOATS:
-            raise TypeError(
-                f"ragged_attention: {name} must be one of {', '.join(_FLOATS)}; "
-                f"got {arrays[name].dtype}. Cast it with .astype."
-            )
-    if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(
-            "ragged_attention: query, key and value must have one dtype; "
-            f"got {query.dtype}, {key.dtype} and {value.dtype}. "
-            "Cast query to the dtype of the cache: casting the cache copies it."
+def _check_sinks(query: Any, sinks: Any) -> None:
+    Hq = query.shape[-2]
+    if sinks.shape != (Hq,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(
+            "ragged_attention: sinks must have shape [Hq] and a float dtype, one logit for each "
+            f"query head; got {sinks.dtype}{list(sinks.shape)} for Hq = {Hq}."
         )
+
+
+def _check(
+    query: Any, cache: Cache, lengths: Any, starts: Any, params: RaggedAttentionParams
+) -> None:
+    """Raises for the first argument that is not as the docstring of ragged_attention says."""
+    arrays = {"lengths": lengths} if starts is None else {"lengths": lengths, "starts": starts}
+    if str(query.dtype) not in _FLOATS:
+        raise TypeError(
+            f"ragged_attention: query must be one of {', '.join(_FLOATS)}; "
+            f"got {query.dtype}. Cast it with .astype."
+        )
+    check_dtypes(query, cache)
     for name in ("lengths", "starts"):
         if name in arrays and not jnp.issubdtype(arrays[name].dtype, jnp.integer):
             raise TypeError(
@@ -79,34 +65,7 @@ def _check(query: Any, key: Any, value: Any, lengths: Any, starts: Any) -> None:
             "ragged_attention: query must have shape [B, Hq, D] or [B, Q, Hq, D]; "
             f"got {query.shape}. Map further dimensions with jax.vmap."
         )
-    for name, letters in (("key", "[B, S, Hkv, D]"), ("value", "[B, S, Hkv, Dv]")):
-        if arrays[name].ndim != 4:
-            raise ValueError(
-                f"ragged_attention: {name} must have shape {letters}; got {arrays[name].shape}. "
-                "Map further dimensions with jax.vmap."
-            )
-    B, D = query.shape[0], query.shape[-1]
-    if key.shape[0] != B or key.shape[3] != D:
-        raise ValueError(
-            "ragged_attention: key must have shape [B, S, Hkv, D] with B and D of query; "
-            f"got key {key.shape} for query {query.shape}."
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            "ragged_attention: value must have shape [B, S, Hkv, Dv] with B, S and Hkv of key; "
-            f"got value {value.shape} for key {key.shape}."
-        )
-    Hq, Hkv = query.shape[-2], key.shape[2]
-    if Hkv == 0 or Hq % Hkv != 0:
-        raise ValueError(
-            "ragged_attention: the heads of query must be a multiple of those of key; "
-            f"got Hq = {Hq} for Hkv = {Hkv}."
-        )
-    if isinstance(key.shape[1], int) and key.shape[1] >= 2**31:
-        raise ValueError(
-            "ragged_attention: key must have fewer than 2**31 positions, which int32 counts; "
-            f"got {key.shape}. Attend to parts of it and merge the results with merge_partials."
-        )
+    check_shapes(query, cache, params.cache_layout)
     rows = query.shape[:-2]
     for name in ("lengths", "starts"):
         if name in arrays and arrays[name].shape not in (rows, rows[:1]):
@@ -159,18 +118,24 @@ def _window_bound(x: jax.Array, rank: int) -> jax.Array:
     return x if x.ndim == rank else jnp.expand_dims(x, 1)
 
 
-def _operands(
-    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, starts: Any
+def _canonical(
+    query: jax.Array,
+    cache: Cache,
+    lengths: jax.Array,
+    starts: jax.Array | None,
+    params: RaggedAttentionParams,
 ) -> tuple[jax.Array, ...]:
     """The canonical operands: checked, with a 1 where a row's queries share its cache."""
-    _check(query, key, value, lengths, starts)
+    _check(query, cache, lengths, starts, params)
     rank = query.ndim - 2
     if starts is None:
         starts = jnp.zeros((1,) * rank, jnp.int32)
-    if rank == 2:
-        key, value = jnp.expand_dims(key, 1), jnp.expand_dims(value, 1)
-    windows = (_window_bound(lengths, rank), _window_bound(starts, rank))
-    return split_alike((query, key, value, *windows), rank)
+    operands = canonical(cache, rank, query.dtype) | {
+        "query": query,
+        "lengths": _window_bound(lengths, rank),
+        "starts": _window_bound(starts, rank),
+    }
+    return split_alike([operands[name] for name in names(primals(params))], rank)
 
 
 # inline: in a jaxpr the equation stands by itself. jit: an eager call is one cached program,
@@ -178,28 +143,33 @@ def _operands(
 @functools.partial(jax.jit, static_argnames="params", inline=INLINE_EQUATIONS)
 def _ragged_attention(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    cache: Cache,
     lengths: jax.Array,
     starts: jax.Array | None,
+    sinks: jax.Array | None,
     *,
     params: RaggedAttentionParams,
 ) -> RaggedAttention:
-    operands = _operands(query, key, value, lengths, starts)
-    return RaggedAttention(*bind(ragged_attention_p, *operands, params=params))
+    operands = _canonical(query, cache, lengths, starts, params)
+    if sinks is None:
+        return RaggedAttention(*bind(ragged_attention_p, *operands, params=params))
+    _check_sinks(query, sinks)
+    unrounded = params.with_unrounded_out(query.dtype)
+    results = RaggedAttention(*bind(ragged_attention_p, *operands, params=unrounded))
+    results = with_sinks(results, sinks, params.mask_value)
+    return results._replace(out=results.out.astype(params.result_dtype(query.dtype)))
 
 
 @functools.partial(jax.jit, static_argnames="params", inline=INLINE_EQUATIONS)
 def _reference_ragged_attention(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    cache: Cache,
     lengths: jax.Array,
     starts: jax.Array | None,
     *,
     params: RaggedAttentionParams,
 ) -> RaggedAttention:
-    _check(query, key, value, lengths, starts)
+    _check(query, cache, lengths, starts, params)
     rows = query.shape[:-2]
     rank = len(rows)
     if starts is None:
@@ -207,7 +177,7 @@ def _reference_ragged_attention(
     lengths, starts = (jnp.broadcast_to(_window_bound(x, rank), rows) for x in (lengths, starts))
     if rank == 1:
         query, lengths, starts = query[:, None], lengths[:, None], starts[:, None]
-    results = reference.definition(Operands(query, key, value, lengths, starts), params)
+    results = reference.definition(Operands(query, cache.key, cache.value, lengths, starts), params)
     return RaggedAttention(*(x[:, 0] if rank == 1 else x for x in results))
 
 
@@ -234,6 +204,11 @@ def ragged_attention(
     implementation: Implementation | None = None,
     partition: PartitionSpec | None = None,
     out_dtype: DTypeLike | None = None,
+    page_table: jax.Array | None = None,
+    key_scale: jax.typing.ArrayLike | None = None,
+    value_scale: jax.typing.ArrayLike | None = None,
+    cache_layout: CacheLayout = "BSHD",
+    sinks: jax.Array | None = None,
 ) -> RaggedAttention:
     """Attention of every row of a batch to its own window of a key/value cache.
 
@@ -262,8 +237,9 @@ def ragged_attention(
     Args:
       query: [B, Hq, D], or [B, Q, Hq, D] for Q query tokens a row, in float32, bfloat16,
         float16 or (with x64 enabled) float64.
-      key: [B, S, Hkv, D] in the dtype of query, the cache; Hq is a multiple of Hkv.
-      value: [B, S, Hkv, Dv] in the dtype of query; Dv may differ from D.
+      key: [B, S, Hkv, D], the cache, in the dtype of query or quantised; Hq is a multiple of Hkv.
+        A pool of pages [P, T, Hkv, D] with page_table.
+      value: [B, S, Hkv, Dv] or [P, T, Hkv, Dv], likewise; Dv may differ from D.
       lengths: integers [B] or [B, Q]: the end of the window, exclusive, in positions of the
         cache; [B] with Q queries is one window for all of them. A number that int32 cannot hold
         saturates. That includes numpy arrays of int64, but not where they pass through a
@@ -281,6 +257,17 @@ def ragged_attention(
         kernel cannot be partitioned by the compiler.
       out_dtype: the dtype of `out`: the dtype of query, which is the default, or the dtype of the
         statistics, so that partial results of narrow operands merge without being rounded first.
+      page_table: integers [B, W]. Position t of row b lies in page `page_table[b, t // T]` at
+        `t % T`, and S is W * T. Rows may share pages. Entries outside of the windows may be
+        anything; one inside that is not in [0, P) is clamped.
+      key_scale: floats that broadcast against [B, S, Hkv] ([P, T, Hkv] for a pool), for a key in
+        int8, float8_e4m3fn or float8_e5m2: the keys are `key_scale * key`. int8 needs one. See
+        `quantize_cache`.
+      value_scale: as key_scale, for value.
+      cache_layout: "BSHD", or "BHSD" for heads before positions in key, value and their scales:
+        [B, Hkv, S, D], or [P, Hkv, T, D] for a pool.
+      sinks: floats [Hq], one more logit for each head, with the value 0, that takes part in the
+        softmax; None for none.
 
     Returns:
       The named tuple `RaggedAttention(out, max_logits, denominator)`.
@@ -292,9 +279,12 @@ def ragged_attention(
     The streaming softmax of the kernels is that of Milakov and Gimelshein, "Online normalizer
     calculation for softmax" (2018), over blocks as in FlashAttention (Dao et al., 2022).
     """
+    optional = {"page_table": page_table, "key_scale": key_scale, "value_scale": value_scale}
+    optional = {name: x for name, x in optional.items() if x is not None}
+    given = {"starts": starts, "page_table": page_table, "sinks": sinks}
     _require_arrays(query=query, key=key, value=value, lengths=lengths)
-    if starts is not None:
-        _require_arrays(starts=starts)
+    _require_arrays(**{name: x for name, x in given.items() if x is not None})
+    optional |= {n: jnp.asarray(x) for n, x in optional.items() if n.endswith("_scale")}
     params = RaggedAttentionParams(
         softmax_scale=softmax_scale,
         logits_soft_cap=logits_soft_cap,
@@ -303,9 +293,12 @@ def ragged_attention(
         implementation=implementation,
         partition=partition,
         out_dtype=_out_dtype(out_dtype, query),
+        cache_layout=cache_layout,
+        optional=tuple(optional),
     )
+    cache = Cache(key, value, **optional)
     results: RaggedAttention = _ragged_attention(
-        query, key, value, _saturated(lengths), _saturated(starts), params=params
+        query, cache, _saturated(lengths), _saturated(starts), sinks, params=params
     )
     return results
 
@@ -339,6 +332,6 @@ def reference_ragged_attention(
         out_dtype=_out_dtype(out_dtype, query),
     )
     results: RaggedAttention = _reference_ragged_attention(
-        query, key, value, _saturated(lengths), _saturated(starts), params=params
+        query, Cache(key, value), _saturated(lengths), _saturated(starts), params=params
     )
     return results

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-from jax_ragged._jaxprs import Scope, aval_of, concrete
+from jax_ragged._jaxprs import Maker, Scope, aval_of, concrete
 from jax_ragged.lowering._compat import opened
 from jax_ragged.primitives import (
     ragged_attention_jvp_p,
@@ -19,7 +19,7 @@ from jax_ragged.primitives import (
 )
 from jax_ragged.primitives._folding import Folding
 from jax_ragged.primitives._primitive import definition_of
-from jax_ragged.primitives._signature import PRIMALS, Signature
+from jax_ragged.primitives._signature import Signature
 
 Array = npt.NDArray[Any]
 
@@ -41,11 +41,14 @@ class EquationCost:
         loop, whose trip count a jaxpr does not hold; then all figures are for one trip.
       conditional: whether it lies in a branch that may not be taken.
       sizes: B, Q, Hq, Hkv, S, D and Dv, folded as kernels see them.
-      dtype: the dtype of query, key, value and out.
+      dtype: the dtype of query and out.
       bytes_at_most: bytes in all trips, if every window were the whole cache.
       bytes: bytes in all trips, for the windows given; None if these are not known.
       flops_at_most: flops in all trips, if every window were the whole cache.
       flops: flops in all trips, for the windows given; None if these are not known.
+      copies: the operation and the bytes of a copy, for each operand of the cache that the program
+        copies in front of the equation. The equation reads the windows alone, and such a copy
+        costs the whole cache at every trip.
     """
 
     name: str
@@ -58,6 +61,7 @@ class EquationCost:
     bytes: int | None
     flops_at_most: int
     flops: int | None
+    copies: Mapping[str, Maker]
 
     @property
     def intensity(self) -> float:
@@ -132,13 +136,20 @@ class Costs:
         flops = self.flops_at_most if self.flops is None else self.flops
         table = [head, *lines, [*total, _quantity(flops, 1000), ""]]
         widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-        return "\n".join(
+        printed = [
             "  ".join(
                 cell.ljust(width) if i < 2 else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in table
-        )
+        ]
+        printed += [
+            f"{eqn.name}: {name} is copied in front of it by {copy.operation}, "
+            f"{_quantity(copy.bytes, 1024)}B a trip. Pass the cache as it lies."
+            for eqn in self.equations
+            for name, copy in eqn.copies.items()
+        ]
+        return "\n".join(printed)
 
 
 def _quantity(amount: int | None, base: int) -> str:
@@ -236,6 +247,7 @@ def _equation_cost(eqn: JaxprEqn, scopes: Sequence[Scope], where: tuple[str, ...
         bytes=None if exact is None else exact[0],
         flops_at_most=at_most[1] * (1 if trips is None else trips),
         flops=None if exact is None else exact[1],
+        copies=call.copies(eqn, scopes[0]),
     )
 
 
@@ -275,9 +287,12 @@ class _Call:
         }
         folding = Folding.of(signature, operands)
         sizes = {"B": folding.B, "Q": folding.Q}
-        for spec in PRIMALS:
-            trailing = operands[spec.name].shape[len(folding.leading) :]
-            sizes |= dict(zip(spec.trailing, trailing, strict=True))
+        for spec in signature.operands:
+            if not spec.broadcasts:
+                trailing = operands[spec.name].shape[len(folding.leading) :]
+                sizes |= dict(zip(spec.trailing, trailing, strict=True))
+        if "W" in sizes:
+            sizes["S"] = sizes["W"] * sizes["T"]
         key = operands["key"]
         if not all(isinstance(n, int) for n in sizes.values()):
             raise ValueError(
@@ -290,6 +305,15 @@ class _Call:
         """The lengths and starts of the equation, as far as they are known in a run of it."""
         atoms = self.signature.bind(eqn.invars)
         return scope.read(atoms["lengths"]), scope.read(atoms["starts"])
+
+    def copies(self, eqn: JaxprEqn, scope: Scope) -> dict[str, Maker]:
+        """The operands of the cache that a copy in front of the equation makes."""
+        made = {
+            spec.name: scope.maker(x)
+            for spec, x in zip(self.signature.operands, eqn.invars, strict=True)
+            if {"S", "T"} & {*spec.trailing}
+        }
+        return {name: maker for name, maker in made.items() if maker is not None}
 
     def known_amounts(self, lengths: Array | None, starts: Array | None) -> tuple[int, int] | None:
         """The amounts, or None where the windows are not known."""
@@ -306,9 +330,15 @@ class _Call:
             aval = self.operands[spec.name]
             if not self._needed(spec.name):
                 continue
-            if spec.is_cache:
-                positions = _union(*windows, aval.shape[: len(self.leading)])
-                moved += positions * math.prod(aval.shape[-2:]) * aval.dtype.itemsize
+            if "S" in spec.trailing or "T" in spec.trailing:
+                # Pages that rows share are counted for each row: which they are is not known.
+                rows = self.operands.get("page_table", aval).shape[: len(self.leading)]
+                sizes = dict(zip(spec.trailing, aval.shape[len(self.leading) :], strict=True))
+                at_each = math.prod(sizes.get(letter, 1) for letter in ("Hkv", "D", "Dv"))
+                if spec.broadcasts and 1 in (sizes.get("S"), sizes.get("T")):
+                    moved += aval.size * aval.dtype.itemsize
+                else:
+                    moved += _union(*windows, rows) * at_each * aval.dtype.itemsize
             else:
                 moved += aval.size * aval.dtype.itemsize
         tokens = int((windows[1] - windows[0]).sum())
@@ -316,7 +346,7 @@ class _Call:
 
     def _needed(self, name: str) -> bool:
         """Whether it is read: not value and out, where no derivative goes through the weights."""
-        derivative = len(self.operands) > len(PRIMALS)
+        derivative = "out" in self.operands
         return name not in ("value", "out") or not derivative or self._moves_probabilities
 
     @property
@@ -329,7 +359,7 @@ class _Call:
     def _width(self) -> int:
         """Multiplications in all products, for one query head and one position of its window."""
         D, Dv = self.sizes["D"], self.sizes["Dv"]
-        if len(self.operands) == len(PRIMALS):
+        if "out" not in self.operands:
             return D + Dv
         names = {*self.operands, *self.results}
         width = D + Dv * self._moves_probabilities

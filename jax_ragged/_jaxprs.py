@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,41 @@ _CALLS = frozenset((
 # fmt: on
 
 
+# What makes a new array of all the elements of a cache, and what changes its shape alone.
+_COPIES = frozenset(
+    (
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "dynamic_slice",
+        "gather",
+        "mul",
+        "pad",
+        "rev",
+        "select_n",
+        "slice",
+        "transpose",
+    )
+)
+_RESHAPES = frozenset((
+    "broadcast_in_dim", "expand_dims", "name", "pcast", "pvary", "reshape", "slice", "squeeze",
+))  # fmt: skip
+
+
+class Maker(NamedTuple):
+    """The operation that makes an array, and the bytes that it writes."""
+
+    operation: str
+    bytes: int
+
+
+class Atom(NamedTuple):
+    """A variable or literal of an enclosing jaxpr."""
+
+    scope: "Scope"
+    atom: Any
+
+
 def concrete(x: Any) -> Array | None:
     """An integer or boolean array of known elements, or None."""
     if isinstance(x, Tracer | jax.ShapeDtypeStruct):
@@ -65,16 +100,40 @@ class Scope:
         *,
         conditional: bool = False,
         follow: bool = True,
+        outer: Sequence["Atom | Maker | None"] = (),
     ) -> None:
         self.jaxpr = jaxpr
         self.weight = weight
         self.conditional = conditional
         self._follow = follow
+        # Where each input comes from, for those that an enclosing jaxpr hands in as they are.
+        self._outer = dict(zip(jaxpr.invars, outer, strict=False))
         self._known: dict[Any, Any] = dict(
             zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True)
         )
         self._made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
         self._nested: dict[int, list[tuple[str, Scope]]] = {}
+
+    def maker(self, atom: Any) -> "Maker | None":
+        """The operation that makes a new array of a variable's elements, or None if there is none.
+
+        Followed back through changes of shape alone, and out of the jaxprs that hand it in.
+        """
+        if isinstance(atom, Literal):
+            return None
+        eqn = self._made_by.get(atom)
+        if eqn is None:
+            origin = self._outer.get(atom)
+            if isinstance(origin, Maker) or origin is None:
+                return origin
+            return origin.scope.maker(origin.atom)
+        name, size = eqn.primitive.name, aval_of(atom).size
+        if name in _CALLS:
+            ((_, inside),) = self.nested(eqn)
+            return inside.maker(inside.jaxpr.outvars[list(eqn.outvars).index(atom)])
+        if name in _RESHAPES and aval_of(eqn.invars[0]).size == size:
+            return self.maker(eqn.invars[0])
+        return Maker(name, size * aval_of(atom).dtype.itemsize) if name in _COPIES else None
 
     def read(self, atom: Any) -> Array | None:
         """The elements of a variable or literal, or None where they are not known."""
@@ -120,7 +179,8 @@ class Scope:
         if name in _CALLS:
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             label = eqn.params.get("name")
-            yield f"{name} {label}" if label else name, self._inside(inner, reads)
+            outer = [Atom(self, x) for x in eqn.invars]
+            yield f"{name} {label}" if label else name, self._inside(inner, reads, outer=outer)
         elif name == "scan":
             for scope in self._trips(eqn):
                 yield f"scan x{eqn.params['length']}", scope
@@ -169,18 +229,24 @@ class Scope:
             for old, new in zip(carry_in, body.outvars, strict=False)
         ]
         constants = [functools.partial(self.read, x) for x in fixed]
+        slices = [
+            Maker("scan", aval_of(x).size * aval_of(x).dtype.itemsize)
+            for x in body.invars[n_consts + n_carry :]
+        ]
+        outer = [*(Atom(self, x) for x in fixed), *[None] * n_carry, *slices]
         carry: list[Any] = [
             functools.partial(self.read, x) for x in eqn.invars[n_consts : -n_xs or None]
         ]
         if not any(varies) and not any(_is_integer(aval_of(x).dtype) for x in xs):
             weight = None if self.weight is None else self.weight * length
             inputs = [*constants, *carry, *[None] * n_xs]
-            yield self._inside(eqn.params["jaxpr"], inputs, weight=weight)
+            yield self._inside(eqn.params["jaxpr"], inputs, weight=weight, outer=outer)
             return
         order = reversed(range(length)) if eqn.params["reverse"] else range(length)
         for trip in order:
             elements = [functools.partial(self._element, x, trip) for x in xs]
-            scope = self._inside(eqn.params["jaxpr"], [*constants, *carry, *elements])
+            inputs = [*constants, *carry, *elements]
+            scope = self._inside(eqn.params["jaxpr"], inputs, outer=outer)
             yield scope
             carry = [
                 scope.read(v) if _is_integer(aval_of(v).dtype) else None
@@ -205,9 +271,10 @@ class Scope:
     def _branches(self, eqn: JaxprEqn, reads: Sequence[Any]) -> Iterator[tuple[str, "Scope"]]:
         """The branch that is taken, if it is known, else all branches."""
         branches, index = eqn.params["branches"], self.read(eqn.invars[0])
+        outer = [Atom(self, x) for x in eqn.invars[1:]]
         if index is not None:
             taken = min(max(int(index), 0), len(branches) - 1)
-            yield f"branch {taken}", self._inside(branches[taken], reads)
+            yield f"branch {taken}", self._inside(branches[taken], reads, outer=outer)
             return
         for i, branch in enumerate(branches):
-            yield f"branch {i}", self._inside(branch, reads, conditional=True)
+            yield f"branch {i}", self._inside(branch, reads, conditional=True, outer=outer)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_ragged._attention import RaggedAttention
+from jax_ragged._results import RaggedAttention
 from jax_ragged.lowering.params import statistics_dtype
 
 AxisNames = tuple[str, ...]
@@ -215,3 +215,22 @@ def merge_partials(
         return _merge(stacked, _Parts((axis,) if isinstance(axis, str) else axis))
     axis = _array_axis(stacked, axis)
     return RaggedAttention(*(x.squeeze(axis) for x in _merge(stacked, _Parts(axis))))
+
+
+def with_sinks(results: RaggedAttention, sinks: jax.Array, mask_value: float) -> RaggedAttention:
+    """Merges results with a sink for each head, the partial result (0, sink, 1).
+
+    Args:
+      results: the results, out not rounded.
+      sinks: [Hq]; -inf for a head without a sink.
+      mask_value: `max_logits` of an empty window.
+
+    Returns:
+      The merged results, as results.
+    """
+    out, max_logits, _ = results
+    sinks = sinks.astype(max_logits.dtype).reshape((1,) * (max_logits.ndim - 1) + sinks.shape)
+    exists = jnp.broadcast_to(sinks > -jnp.inf, max_logits.shape)
+    m = jnp.where(exists, sinks, jnp.asarray(mask_value, sinks.dtype))
+    sink = RaggedAttention(jnp.zeros_like(out), m, exists.astype(m.dtype))
+    return merge_partials(results, sink)

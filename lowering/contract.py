@@ -20,6 +20,8 @@ class ByOperand(NamedTuple, Generic[T]):
     query: T
     key: T
     value: T
+    key_scale: T | None = None
+    value_scale: T | None = None
 
 
 class ByResult(NamedTuple, Generic[T]):
@@ -33,12 +35,22 @@ class ByResult(NamedTuple, Generic[T]):
 class Operands(NamedTuple):
     """The operands of the forward.
 
+    The forms of caches combine. `params.cache_layout` "BHSD" puts the heads of key, value and
+    scales before their positions. With a page table, key and value are pools of P pages of T
+    positions, [P, T, Hkv, D] and [P, T, Hkv, Dv], and S is W * T. The keys are key_scale * key,
+    and the values value_scale * value.
+
     Attributes:
       query: [B, Q, Hq, D].
-      key: [B, S, Hkv, D].
-      value: [B, S, Hkv, Dv].
+      key: [B, S, Hkv, D], in the dtype of query, or one of `NARROW`.
+      value: [B, S, Hkv, Dv], likewise.
       lengths: int32 [B, Q], the end of each query's window, exclusive; it may exceed S.
       starts: int32 [B, Q], the first position of each query's window; it may be negative.
+      page_table: int32 [B, W], the page of positions w * T to (w + 1) * T of a row, or None. All
+        entries are in [0, P), those outside of the windows too.
+      key_scale: [B, S, Hkv], or [P, T, Hkv] for a pool, in the dtype of the statistics, with 1
+        for a dimension that shares a scale; or None.
+      value_scale: as key_scale.
     """
 
     query: jax.Array
@@ -46,6 +58,9 @@ class Operands(NamedTuple):
     value: jax.Array
     lengths: jax.Array
     starts: jax.Array
+    page_table: jax.Array | None = None
+    key_scale: jax.Array | None = None
+    value_scale: jax.Array | None = None
 
 
 class Residuals(NamedTuple):
@@ -53,6 +68,7 @@ class Residuals(NamedTuple):
 
     Attributes:
       query, key, value, lengths, starts: as in `Operands`.
+      page_table, key_scale, value_scale: as in `Operands`.
       out: [B, Q, Hq, Dv], not rounded: float32 (float64 for float64). The derivatives subtract
         products with it from products with the values, which cancel where keys are much alike.
       max_logits: [B, Q, Hq], in the dtype of this `out`.
@@ -67,6 +83,14 @@ class Residuals(NamedTuple):
     out: jax.Array
     max_logits: jax.Array
     denominator: jax.Array
+    page_table: jax.Array | None = None
+    key_scale: jax.Array | None = None
+    value_scale: jax.Array | None = None
+
+    @property
+    def operands(self) -> Operands:
+        """The operands of the forward."""
+        return Operands(*(getattr(self, name) for name in Operands._fields))
 
 
 class Unsupported(Exception):  # noqa: N818  # a refusal, which the dispatcher answers
@@ -97,7 +121,14 @@ class Lowering:
     each other, all sizes are known and none is 0. `device_kind` is the kind of the devices that
     the program is lowered for, as `jax.Device.device_kind` names it, or None where that is not
     known, as in an export.
+
+    Attributes:
+      dense_only: whether it reads caches [B, S, Hkv, D] in the dtype of query alone. The dispatcher
+        then refuses every other form of cache for it. Set it to False for a lowering that reads
+        `params.cache_layout`, page tables and scales, or refuses them itself.
     """
+
+    dense_only = True
 
     def forward(
         self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None

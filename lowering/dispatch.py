@@ -15,6 +15,7 @@ from absl import logging
 from jax.interpreters import mlir
 
 from jax_ragged.lowering._compat import device_kind, interpret_mode
+from jax_ragged.lowering.cache import require_dense
 from jax_ragged.lowering.contract import (
     ByOperand,
     ByResult,
@@ -95,7 +96,7 @@ class Target:
         if params.implementation == "reference":
             return self._call(REFERENCE, operation, "reference", params, *arguments)
         try:
-            lowering = self.lowering(arguments[0])
+            lowering = self.lowering(arguments[0], params)
             name = f"{self.platform}_kernel"
             return self._call(lowering, operation, name, params, *arguments)
         except Unsupported as refusal:
@@ -116,7 +117,7 @@ class Target:
         logging.vlog(1, "ragged_attention %s: %s", operation, name)
         return results
 
-    def lowering(self, arrays: Operands | Residuals) -> Lowering:
+    def lowering(self, arrays: Operands | Residuals, params: RaggedAttentionParams) -> Lowering:
         """The platform's lowering, after the checks that all platforms share.
 
         Raises:
@@ -125,7 +126,11 @@ class Target:
         lowering = lowering_for(self.platform)
         if lowering is None:
             raise Unsupported("the platform has no kernels")
+        if lowering.dense_only:
+            require_dense(arrays, params)
         for name, x in arrays._asdict().items():
+            if x is None:
+                continue
             if not all(isinstance(size, int) for size in x.shape):
                 raise Unsupported(
                     f"its kernels need sizes known while tracing, and {name} has shape {x.shape}"

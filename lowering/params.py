@@ -15,6 +15,10 @@ from jax.typing import DTypeLike
 DEFAULT_MASK_VALUE = -2.381976426469702e38
 
 Implementation = Literal["reference", "kernel"]
+CacheLayout = Literal["BSHD", "BHSD"]
+
+# The operands that a call may lack.
+OPTIONAL = ("page_table", "key_scale", "value_scale")
 
 
 def statistics_dtype(dtype: DTypeLike) -> np.dtype[Any]:
@@ -58,6 +62,9 @@ class RaggedAttentionParams:
       implementation: "reference" or "kernel" forces one, None lets the lowering choose.
       partition: mesh axes of the leading dimensions and, last, of the heads, or None.
       out_dtype: the name of the dtype of `out`, or None for that of query.
+      cache_layout: the order of the dimensions of key and value: "BSHD" has positions before
+        heads, "BHSD" heads before positions.
+      optional: the names of those of `OPTIONAL` that are among the operands.
     """
 
     softmax_scale: float = 1.0
@@ -67,6 +74,8 @@ class RaggedAttentionParams:
     implementation: Implementation | None = None
     partition: PartitionSpec | None = None
     out_dtype: str | None = None
+    cache_layout: CacheLayout = "BSHD"
+    optional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -120,6 +129,17 @@ class RaggedAttentionParams:
                 "ragged_attention: partition must be a jax.sharding.PartitionSpec or None; "
                 f"got {self.partition!r} of type {type(self.partition).__name__}."
             )
+
+        if self.cache_layout not in ("BSHD", "BHSD"):
+            raise ValueError(
+                "ragged_attention: cache_layout must be 'BSHD', for a cache [B, S, Hkv, D], or "
+                f"'BHSD', for a cache [B, Hkv, S, D]; got {self.cache_layout!r}."
+            )
+        if tuple(name for name in OPTIONAL if name in self.optional) != self.optional:
+            raise ValueError(
+                f"ragged_attention: optional must hold names of {OPTIONAL}, each once and in "
+                f"this order; got {self.optional!r}."
+            )
         if self.out_dtype is not None:
             try:
                 set_field(self, "out_dtype", jnp.dtype(self.out_dtype).name)
@@ -132,6 +152,11 @@ class RaggedAttentionParams:
     def result_dtype(self, query_dtype: DTypeLike) -> np.dtype[Any]:
         """The dtype of `out`, of its tangent and of its cotangent."""
         return jnp.dtype(query_dtype if self.out_dtype is None else self.out_dtype)
+
+    @property
+    def paged(self) -> bool:
+        """Whether key and value are pools of pages."""
+        return "page_table" in self.optional
 
     def with_unrounded_out(self, query_dtype: DTypeLike) -> "RaggedAttentionParams":
         """The same, but for an `out` in the dtype of the statistics, as derivatives need it."""

@@ -25,14 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_ragged.lowering.cache import forward_by_dense, jvp_by_dense, vjp_by_dense, window_mask
 from jax_ragged.lowering.contract import ByOperand, ByResult, Lowering, Operands, Residuals
 from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
-
-
-def window_mask(lengths: jax.Array, starts: jax.Array, S: int) -> jax.Array:
-    """Which positions lie in each window: bool [..., S] for lengths and starts [...]."""
-    position = lax.broadcasted_iota(jnp.int32, (*lengths.shape, S), lengths.ndim)
-    return (position >= starts[..., None]) & (position < lengths[..., None])
 
 
 def zero_outside(x: jax.Array, valid: jax.Array) -> jax.Array:
@@ -145,7 +140,7 @@ def inverse(denominator: jax.Array) -> jax.Array:
 
 def forward(operands: Operands, params: RaggedAttentionParams) -> ByResult[jax.Array]:
     """Returns out [B, Q, Hq, Dv], max_logits and denominator [B, Q, Hq]."""
-    query, key, value, lengths, starts = operands
+    query, key, value, lengths, starts, *_ = operands
     S, Hkv = key.shape[1:3]
     dtype = params.result_dtype(query.dtype)
     valid = window_mask(lengths, starts, S)
@@ -163,7 +158,7 @@ def definition(operands: Operands, params: RaggedAttentionParams) -> ByResult[ja
     windows, and positions outside of every window, are zeroed first: JAX's rules multiply them
     by cotangents of 0, which would not remove a NaN.
     """
-    query, key, value, lengths, starts = operands
+    query, key, value, lengths, starts, *_ = operands
     wide = statistics_dtype(query.dtype)
     valid = window_mask(lengths, starts, key.shape[1])
     attends = valid.any(axis=-1)[:, :, None, None]
@@ -202,7 +197,7 @@ def jvp(
     valid = window_mask(lengths, starts, S)
     q, k, v = _group(query, Hkv), zero_outside(key, valid), zero_outside(value, valid)
     softmax = _softmax(q, k, valid, params)
-    q_dot, k_dot, v_dot = tangents
+    q_dot, k_dot, v_dot, *_ = tangents
     z_dot = jnp.zeros_like(softmax.p)
     if q_dot is not None:
         z_dot += _scaled_dot(_group(q_dot, Hkv), k, params)
@@ -283,13 +278,15 @@ def vjp(
 
 
 class _Reference(Lowering):
-    """The reference as a lowering: it takes every call."""
+    """The reference as a lowering: it takes every call, and every form of cache."""
+
+    dense_only = False
 
     def forward(
         self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
     ) -> ByResult[jax.Array]:
         del device_kind
-        return forward(operands, params)
+        return forward_by_dense(forward, operands, params)
 
     def jvp(
         self,
@@ -299,7 +296,7 @@ class _Reference(Lowering):
         device_kind: str | None,
     ) -> ByResult[jax.Array]:
         del device_kind
-        return jvp(residuals, tangents, params)
+        return jvp_by_dense(jvp, residuals, tangents, params)
 
     def vjp(
         self,
@@ -310,7 +307,7 @@ class _Reference(Lowering):
         device_kind: str | None,
     ) -> ByOperand[jax.Array | None]:
         del device_kind
-        return vjp(residuals, cotangents, wrt, params)
+        return vjp_by_dense(vjp, residuals, cotangents, wrt, params)
 
 
 REFERENCE = _Reference()

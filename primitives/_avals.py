@@ -76,14 +76,7 @@ class Checked:
                         f"{primitive}: leading dimension {i} of {name} must be {leading[i]} or 1; "
                         f"got {_describe(operands)}."
                     )
-        sizes: dict[str, Any] = {}
-        for name, aval in operands.items():
-            for letter, size in zip(trailing[name], aval.shape[rank:], strict=True):
-                if sizes.setdefault(letter, size) != size:
-                    raise ValueError(
-                        f"{primitive}: {letter} must be one size in all operands; "
-                        f"got {_describe(operands)}."
-                    )
+        sizes = _joined_sizes(signature, operands, rank)
         if is_zero(sizes["Hkv"]) or sizes["Hq"] % sizes["Hkv"] != 0:
             raise ValueError(
                 f"{primitive}: the query heads must be a multiple of the key heads; "
@@ -95,7 +88,7 @@ class Checked:
                 f"got {_describe(operands)}. Attend to parts of it and merge the results with "
                 "jax_ragged.merge_partials."
             )
-        axes = _joined_axes(primitive, operands, trailing, rank)
+        axes = _joined_axes(signature, operands, sizes, rank)
         _check_distinct(primitive, operands, rank, axes["Hq"])
         leading_axes = _joined_leading_axes(primitive, operands, rank)
         checked = cls(
@@ -155,33 +148,67 @@ class Checked:
             None if s else _merged(explicit, auto)
             for s, explicit, auto in zip(share, self.leading_axes, leading, strict=True)
         ]
-        return PartitionSpec(*entries, *(axes[letter] for letter in spec.trailing))
+        return PartitionSpec(*entries, *self._trailing_axes(spec, axes))
+
+    def _trailing_axes(self, spec: Spec, axes: Mapping[str, Any]) -> list[Any]:
+        """The mesh axes of the trailing dimensions; a dimension that is 1 instead has none."""
+        operand = self.avals.get(spec.primal)
+        if not spec.broadcasts or operand is None:
+            return [axes[letter] for letter in spec.trailing]
+        sizes = operand.shape[len(self.leading) :]
+        return [None if is_one(n) else axes[x] for x, n in zip(spec.trailing, sizes, strict=True)]
 
     def _result(self, spec: Spec) -> ShapedArray:
         share = spec.shared or [False] * len(self.leading)
         leading = [1 if s else n for s, n in zip(share, self.leading, strict=True)]
         leading_axes = [None if s else a for s, a in zip(share, self.leading_axes, strict=True)]
+        if spec.differentiable:  # the cotangent of an operand
+            operand = self.avals[spec.primal]
+            trailing, dtype = operand.shape[len(self.leading) :], operand.dtype
+        else:
+            trailing = tuple(self.sizes[letter] for letter in spec.trailing)
+            (dtype,) = spec.dtypes(self.avals["query"].dtype, self.params)
         aval: ShapedArray = self.template.update(
-            shape=(*leading, *(self.sizes[letter] for letter in spec.trailing)),
-            dtype=spec.dtype(self.avals["query"].dtype, self.params),
+            shape=(*leading, *trailing),
+            dtype=dtype,
             weak_type=False,
             sharding=NamedSharding(
                 self.template.sharding.mesh,
-                PartitionSpec(*leading_axes, *(self.axes[letter] for letter in spec.trailing)),
+                PartitionSpec(*leading_axes, *self._trailing_axes(spec, self.axes)),
             ),
         )
         return aval
+
+
+def _joined_sizes(
+    signature: Signature, operands: Mapping[str, ShapedArray], rank: int
+) -> dict[str, Any]:
+    """The sizes of the trailing dimensions, by letter."""
+    sizes: dict[str, Any] = {}
+    for spec in sorted(signature.operands, key=lambda spec: spec.broadcasts):
+        for letter, size in zip(spec.trailing, operands[spec.name].shape[rank:], strict=True):
+            if spec.broadcasts and is_one(size):
+                continue
+            if sizes.setdefault(letter, size) != size:
+                or_one = " (or 1 in a scale)" if spec.broadcasts else ""
+                raise ValueError(
+                    f"{signature.primitive}: {letter} must be one size in all operands{or_one}; "
+                    f"got {_describe(operands)}."
+                )
+    if "W" in sizes:
+        sizes["S"] = sizes["W"] * sizes["T"]
+    return sizes
 
 
 def _check_dtypes(
     signature: Signature, operands: Mapping[str, ShapedArray], params: RaggedAttentionParams
 ) -> None:
     for spec in signature.operands:
-        expected = spec.dtype(operands["query"].dtype, params)
-        if operands[spec.name].dtype != expected:
+        expected = spec.dtypes(operands["query"].dtype, params)
+        if operands[spec.name].dtype not in expected:
             raise TypeError(
-                f"{signature.primitive}: {spec.name} must have dtype {expected}; "
-                f"got {_describe(operands)}."
+                f"{signature.primitive}: {spec.name} must have dtype "
+                f"{' or '.join(map(str, expected))}; got {_describe(operands)}."
             )
 
 
@@ -293,34 +320,43 @@ def _joined_leading_axes(
     return tuple(joined)
 
 
+_SHARD_OTHERS = "Shard the batch or the heads instead."
+# The dimensions that must not be sharded: the name of each, and what to do instead.
+_UNSHARDED = {
+    "S": ("sequence", "Attend to each shard in jax.shard_map and use jax_ragged.merge_partials."),
+    "P": ("page", "Give each shard a pool and a page table of its own in jax.shard_map."),
+    "T": ("position", _SHARD_OTHERS),
+    "W": ("position", _SHARD_OTHERS),
+    "D": ("head_dim", _SHARD_OTHERS),
+    "Dv": ("head_dim", _SHARD_OTHERS),
+}
+
+
 def _joined_axes(
-    primitive: str,
-    operands: Mapping[str, ShapedArray],
-    trailing: Mapping[str, tuple[str, ...]],
-    rank: int,
+    signature: Signature, operands: Mapping[str, ShapedArray], sizes: Mapping[str, Any], rank: int
 ) -> dict[str, Any]:
     """The mesh axes of the trailing dimensions, by letter: only the heads may have any."""
+    primitive = signature.primitive
     axes: dict[str, Any] = {}
-    for name, aval in operands.items():
-        for letter, axis in zip(trailing[name], aval.sharding.spec[rank:], strict=True):
-            if axis is not None and letter in ("S", "D", "Dv"):
-                what = "sequence" if letter == "S" else "head_dim"
-                how = (
-                    "Attend to each shard in jax.shard_map and use jax_ragged.merge_partials."
-                    if letter == "S"
-                    else "Shard the batch or the heads instead."
-                )
+    for spec in signature.operands:
+        aval = operands[spec.name]
+        for letter, size, axis in zip(
+            spec.trailing, aval.shape[rank:], aval.sharding.spec[rank:], strict=True
+        ):
+            if axis is not None and letter in _UNSHARDED:
+                what, instead = _UNSHARDED[letter]
                 raise TypeError(
-                    f"{primitive}: the {what} dimension {letter} of {name} must not be sharded; "
-                    f"got {_describe(operands)}. {how}"
+                    f"{primitive}: the {what} dimension {letter} of {spec.name} must not be "
+                    f"sharded; got {_describe(operands)}. {instead}"
                 )
+            if spec.broadcasts and is_one(size):
+                continue
             if axes.setdefault(letter, axis) != axis:
                 raise TypeError(
                     f"{primitive}: {letter} must be sharded alike in every operand; "
                     f"got {_describe(operands)}. Reshard with jax.sharding.reshard."
                 )
-    Hkv = next(a.shape[rank + 1] for n, a in operands.items() if n == "key")
-    if axes["Hq"] != axes["Hkv"] and not is_one(Hkv):
+    if axes["Hq"] != axes["Hkv"] and not is_one(sizes["Hkv"]):
         raise TypeError(
             f"{primitive}: query heads and key heads must be sharded alike; "
             f"got {_describe(operands)}. Reshard with jax.sharding.reshard."

@@ -1,8 +1,11 @@
-"""Folds leading dimensions: [*N, ...] to [B, ...] for a cache, [B, Q, ...] for the others.
+"""Folds leading dimensions into rows B, queries Q and pages P.
 
 A leading dimension in which the cache has size n becomes part of the rows B. One in which it has
 size 1 is shared by queries and becomes part of the queries Q. So a cache that is shared is read
 once and not copied. A key or value that is shared where the other one is not is copied n times.
+
+For a pool of pages, the page table plays the part of the cache. A pool that is shared stays as it
+is. One that is mapped joins its pages into one pool, and the table counts pages in that.
 """
 
 import dataclasses
@@ -13,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_ragged.primitives._signature import Signature, Spec
 
@@ -38,23 +42,41 @@ class Folding:
     Attributes:
       leading: the size of each leading dimension.
       batch: whether each goes to the rows B, because the cache is not shared in it.
+      pooled: whether each has a pool for every element; these are among the rows.
+      pages: the number of pages of one pool, or None where there is no pool.
     """
 
     leading: tuple[Any, ...]
     batch: tuple[bool, ...]
+    pooled: tuple[bool, ...]
+    pages: Any
 
     @classmethod
     def of(cls, signature: Signature, operands: Mapping[str, Any]) -> "Folding":
         """Folds the leading dimensions of an equation's operands, by name."""
         rank = operands["query"].ndim - 2
-        caches = [operands[spec.name] for spec in signature.operands if spec.is_cache]
-        sums = [spec.shared for spec in signature.results if spec.is_cache and spec.shared]
-        leading = [joined_size([x.shape[i] for x in operands.values()]) for i in range(rank)]
-        batch = [
-            not all(is_one(x.shape[i]) for x in caches) or not all(shared[i] for shared in sums)
-            for i in range(rank)
-        ]
-        return cls(tuple(leading), tuple(batch))
+
+        def full(i: int, *folds: str) -> bool:
+            """Whether an array folded so has, or its gradient needs, dimension i at size n."""
+            return any(
+                not is_one(operands[spec.name].shape[i])
+                for spec in signature.operands
+                if spec.fold in folds
+            ) or any(
+                not spec.shared[i]
+                for spec in signature.results
+                if spec.fold in folds and spec.shared
+            )
+
+        paged = "page_table" in operands
+        return cls(
+            leading=tuple(
+                joined_size([x.shape[i] for x in operands.values()]) for i in range(rank)
+            ),
+            batch=tuple(full(i, "row", "pool") for i in range(rank)),
+            pooled=tuple(full(i, "pool") for i in range(rank)),
+            pages=operands["key"].shape[rank] if paged else None,
+        )
 
     @property
     def _batch_dims(self) -> list[int]:
@@ -73,36 +95,62 @@ class Folding:
         return _product([self.leading[i] for i in self._query_dims])
 
     def fold(self, spec: Spec, x: jax.Array) -> jax.Array:
-        """[*N, ...], with sizes n or 1, to [B, S, H, D] for a cache and [B, Q, ...] for others.
+        """Folds an operand [*N, ...], with sizes n or 1, to [B, Q, ...], [B, ...] or [P, ...].
 
-        A cache is broadcast only where another one has size n and this one has 1.
+        A cache or pool is broadcast only where another one has size n and this one has 1.
         """
         rank = len(self.leading)
         rest = x.shape[rank:]
-        if spec.is_cache:
-            return jnp.broadcast_to(x, (*self._cache_sizes, *rest)).reshape(self.B, *rest)
-        x = jnp.broadcast_to(x, (*self.leading, *rest))
-        order = (*self._batch_dims, *self._query_dims, *range(rank, x.ndim))
-        return x.transpose(order).reshape(self.B, self.Q, *rest)
+        if spec.fold == "query":
+            x = jnp.broadcast_to(x, (*self.leading, *rest))
+            order = (*self._batch_dims, *self._query_dims, *range(rank, x.ndim))
+            return x.transpose(order).reshape(self.B, self.Q, *rest)
+        if spec.name == "page_table":
+            x = jnp.clip(x, 0, jnp.asarray(self.pages - 1, x.dtype)) + self._page_offsets(x.dtype)
+        x = jnp.broadcast_to(x, (*self._sizes(spec), *rest))
+        if spec.fold == "row":
+            return x.reshape(self.B, *rest)
+        if any(self.pooled):  # pools that are joined do not share the scale of all their pages
+            x = jnp.broadcast_to(x, (*self._sizes(spec), self.pages, *rest[1:]))
+        return x.reshape(-1, *rest[1:])
 
     def unfold(self, spec: Spec, x: jax.Array) -> jax.Array:
-        """The inverse of fold for full sizes: a cache has 1 in the dimensions of Q."""
-        if spec.is_cache:
-            return x.reshape(*self._cache_sizes, *x.shape[1:])
+        """Unfolds a result: the inverse of fold for full sizes, with 1 where it is shared."""
+        if spec.fold == "row":
+            return x.reshape(*self._sizes(spec), *x.shape[1:])
+        if spec.fold == "pool":
+            sizes = self._sizes(spec)
+            return x.reshape(*sizes, x.shape[0] // _product(sizes), *x.shape[1:])
         order = [*self._batch_dims, *self._query_dims]
         x = x.reshape(*(self.leading[i] for i in order), *x.shape[2:])
         inverse = [order.index(i) for i in range(len(order))]
         return x.transpose(*inverse, *range(len(order), x.ndim))
 
-    def summed(self, spec: Spec) -> tuple[int, ...]:
-        """The leading dimensions over which an unfolded result has yet to be summed."""
-        sizes = self._cache_sizes if spec.is_cache else self.leading
+    def summed(self, spec: Spec, operands: Mapping[str, Any]) -> tuple[int, ...]:
+        """The dimensions over which an unfolded result has yet to be summed."""
+        sizes = self._sizes(spec)
         shared = spec.shared or [False] * len(sizes)
-        return tuple(i for i, n in enumerate(sizes) if shared[i] and not is_one(n))
+        axes = [i for i, n in enumerate(sizes) if shared[i] and not is_one(n)]
+        if spec.broadcasts and any(self.pooled) and is_one(operands[spec.primal].shape[len(sizes)]):
+            axes.append(len(sizes))  # the pages, for which fold repeated the scale
+        return tuple(axes)
 
-    @property
-    def _cache_sizes(self) -> list[Any]:
-        return [n if batch else 1 for n, batch in zip(self.leading, self.batch, strict=True)]
+    def _sizes(self, spec: Spec) -> list[Any]:
+        """The leading dimensions of an array, unfolded."""
+        full = {"query": [True] * len(self.leading), "row": self.batch, "pool": self.pooled}
+        return [n if f else 1 for n, f in zip(self.leading, full[spec.fold], strict=True)]
+
+    def _page_offsets(self, dtype: Any) -> jax.Array:
+        """The first page of each pool in the joined pool: [*N, 1], 1 where pools are shared."""
+        offsets = jnp.zeros((1,) * (len(self.leading) + 1), dtype)
+        stride = self.pages
+        for i in reversed(range(len(self.leading))):
+            if self.pooled[i]:
+                shape = [1] * (len(self.leading) + 1)
+                shape[i] = self.leading[i]
+                offsets += lax.broadcasted_iota(dtype, shape, i) * stride
+                stride *= self.leading[i]
+        return offsets
 
 
 def sum_to(x: jax.Array, aval: Any) -> jax.Array:

@@ -55,7 +55,7 @@ class Definition:
         values = signature.bind(operands)
         folding = Folding.of(signature, values)
         later = dict(zip(signature.results, target.summed, strict=False))
-        sums = {spec: folding.summed(spec) for spec in signature.results}
+        sums = {spec: folding.summed(spec, values) for spec in signature.results}
         wide = tuple(spec.name for spec, axes in sums.items() if axes or later.get(spec))
         arrays = {spec.name: folding.fold(spec, values[spec.name]) for spec in signature.operands}
         results = self.run(target, arrays, wide, **static)

@@ -5,18 +5,23 @@ folding, differentiation, transposition, sharding and `jax_ragged.costs` all rea
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
-import numpy as np
 
+from jax_ragged.lowering.cache import NARROW
 from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
 
 T = TypeVar("T")
 
-# The dtype: as query, as out (see `RaggedAttentionParams.out_dtype`), as the statistics, or int32.
-Kind = Literal["query", "out", "statistic", "position"]
+# The dtype: as query, as query or narrow, as out (see `RaggedAttentionParams.out_dtype`), as the
+# statistics, or int32.
+Kind = Literal["query", "cache", "out", "statistic", "position"]
+# How leading dimensions fold: into rows and queries, [B, Q, ...]; into rows, [B, ...], for what
+# the queries of a row share; into pages, [P, ...], for a pool.
+Fold = Literal["query", "row", "pool"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,10 @@ class Spec:
       name: the name; the name of a tangent ends in `_dot`, of a cotangent in `_bar`.
       trailing: the letters of the dimensions that follow the leading ones.
       kind: which dtype it has.
+      fold: how its leading dimensions fold.
+      optional: whether a call may lack it.
+      differentiable: whether it is an operand with tangents and cotangents, or one of these.
+      broadcasts: whether a trailing dimension may be 1 instead of its letter's size.
       linear: whether the primitive is linear in this operand.
       shared: for a result, the leading dimensions that it is summed over and keeps as 1; None
         for none.
@@ -35,21 +44,23 @@ class Spec:
     name: str
     trailing: tuple[str, ...]
     kind: Kind
+    fold: Fold = "query"
+    optional: bool = False
+    differentiable: bool = False
+    broadcasts: bool = False
     linear: bool = False
     shared: tuple[bool, ...] | None = None
 
-    @property
-    def is_cache(self) -> bool:
-        """Whether it has the positions of a cache, which one row's queries share."""
-        return "S" in self.trailing
-
-    def dtype(self, query_dtype: Any, params: RaggedAttentionParams) -> np.dtype[Any]:
-        """The dtype beside a query of query_dtype."""
+    def dtypes(self, query_dtype: Any, params: RaggedAttentionParams) -> tuple[Any, ...]:
+        """The dtypes that it may have beside a query of query_dtype."""
         if self.kind == "position":
-            return jnp.dtype("int32")
+            return (jnp.dtype("int32"),)
         if self.kind == "statistic":
-            return statistics_dtype(query_dtype)
-        return params.result_dtype(query_dtype) if self.kind == "out" else jnp.dtype(query_dtype)
+            return (statistics_dtype(query_dtype),)
+        if self.kind == "out":
+            return (params.result_dtype(query_dtype),)
+        own = jnp.dtype(query_dtype)
+        return (own, *NARROW) if self.kind == "cache" else (own,)
 
     def dot(self) -> "Spec":
         """The tangent of this operand or result."""
@@ -59,22 +70,43 @@ class Spec:
         """The cotangent of this operand or result."""
         return dataclasses.replace(self, name=f"{self.name}_bar", linear=True, shared=shared)
 
+    @property
+    def primal(self) -> str:
+        """The name without the ending of a tangent or cotangent."""
+        return self.name.removesuffix("_dot").removesuffix("_bar")
 
-PRIMALS = (
-    Spec("query", ("Hq", "D"), "query"),
-    Spec("key", ("S", "Hkv", "D"), "query"),
-    Spec("value", ("S", "Hkv", "Dv"), "query"),
-    Spec("lengths", (), "position"),
-    Spec("starts", (), "position"),
-)
+
+def primals(params: RaggedAttentionParams) -> tuple[Spec, ...]:
+    """The operands of ragged_attention_p, in order."""
+    pages = ("P",) if params.paged else ()
+    position = "T" if params.paged else "S"
+    heads = ("Hkv", position) if params.cache_layout == "BHSD" else (position, "Hkv")
+    cache = (*pages, *heads)
+    of_cache = functools.partial(Spec, fold="pool" if params.paged else "row", differentiable=True)
+    specs = (
+        Spec("query", ("Hq", "D"), "query", differentiable=True),
+        of_cache("key", (*cache, "D"), "cache"),
+        of_cache("value", (*cache, "Dv"), "cache"),
+        Spec("lengths", (), "position"),
+        Spec("starts", (), "position"),
+        Spec("page_table", ("W",), "position", "row", optional=True),
+        of_cache("key_scale", cache, "statistic", optional=True, broadcasts=True),
+        of_cache("value_scale", cache, "statistic", optional=True, broadcasts=True),
+    )
+    return tuple(spec for spec in specs if not spec.optional or spec.name in params.optional)
+
+
 RESULTS = (
     Spec("out", ("Hq", "Dv"), "out"),
     Spec("max_logits", ("Hq",), "statistic"),
     Spec("denominator", ("Hq",), "statistic"),
 )
-DIFFERENTIABLE = PRIMALS[:3]
-# The derivatives start from an `out` that is not rounded.
-RESIDUALS = (*PRIMALS, *(dataclasses.replace(spec, kind="statistic") for spec in RESULTS))
+
+
+def residuals(params: RaggedAttentionParams) -> tuple[Spec, ...]:
+    """The operands and results of ragged_attention_p, with an `out` that is not rounded."""
+    unrounded = (dataclasses.replace(spec, kind="statistic") for spec in RESULTS)
+    return (*primals(params), *unrounded)
 
 
 def names(specs: Iterable[Spec]) -> tuple[str, ...]:
@@ -119,16 +151,14 @@ Shared = tuple[tuple[bool, ...], ...]
 
 def forward_signature(*, params: RaggedAttentionParams) -> Signature:
     """The signature of ragged_attention_p."""
-    del params  # no operand is optional
-    return Signature("ragged_attention", PRIMALS, RESULTS)
+    return Signature("ragged_attention", primals(params), RESULTS)
 
 
 def jvp_signature(*, params: RaggedAttentionParams, wrt: Names) -> Signature:
     """The signature of ragged_attention_jvp_p for the tangents of the operands in wrt."""
-    del params
-    dots = (spec.dot() for spec in named(DIFFERENTIABLE, wrt))
+    dots = (spec.dot() for spec in named(primals(params), wrt))
     return Signature(
-        "ragged_attention_jvp", (*RESIDUALS, *dots), tuple(spec.dot() for spec in RESULTS)
+        "ragged_attention_jvp", (*residuals(params), *dots), tuple(spec.dot() for spec in RESULTS)
     )
 
 
@@ -140,11 +170,10 @@ def vjp_signature(
     `given` names the results that have a cotangent. `wrt` names the operands whose cotangent is
     asked for. `shared` has, for each of these, the leading dimensions that it is summed over.
     """
-    del params
     bars = (spec.bar() for spec in named(RESULTS, given))
-    asked = zip(named(DIFFERENTIABLE, wrt), shared, strict=True)
+    asked = zip(named(primals(params), wrt), shared, strict=True)
     return Signature(
         "ragged_attention_vjp",
-        (*RESIDUALS, *bars),
+        (*residuals(params), *bars),
         tuple(spec.bar(share) for spec, share in asked),
     )

@@ -5,6 +5,7 @@ out [*N, Hq, Dv], max_logits and denominator [*N, Hq]. In each leading dimension
 size n, or 1 where it is shared; the results have n.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,11 +28,11 @@ from jax_ragged.primitives._primitive import (
     register_lowerings,
 )
 from jax_ragged.primitives._signature import (
-    PRIMALS,
     RESULTS,
     Names,
     forward_signature,
     names,
+    primals as primal_specs,
 )
 from jax_ragged.primitives.ragged_attention_jvp import ragged_attention_jvp_p
 from jax_ragged.primitives.ragged_attention_vjp import ragged_attention_vjp_p
@@ -62,7 +63,7 @@ def _ragged_attention_jvp_rule(
         for name, x in zip(names(RESULTS), unnamed, strict=True)
     ]
     results = [out.astype(params.result_dtype(dtype)), *statistics]
-    moving = dict(filter_nonzero(names(PRIMALS), tangents))
+    moving = dict(filter_nonzero(names(primal_specs(params)), tangents))
     if not moving:
         return results, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
     return results, bind(
@@ -81,35 +82,34 @@ def _ragged_attention_jvp_rule(
 def _ragged_attention_transpose_rule(
     cotangents: Sequence[Any], *operands: Any, params: RaggedAttentionParams
 ) -> list[Any]:
-    named = zip(names(PRIMALS), operands, strict=True)
-    if {name for name, x in named if ad.is_undefined_primal(x)} != {"value"}:
+    named = forward_signature(params=params).bind(operands)
+    if {name for name, x in named.items() if ad.is_undefined_primal(x)} != {"value"}:
         raise NotImplementedError(
             "ragged_attention: it is linear in value alone, so it can be transposed in value only; "
             "got a linear query or key. Differentiate it with jax.vjp or jax.grad."
         )
-    query, key, value, lengths, starts = operands
-    grads: dict[str, Any] = {"value": ad.Zero(value.aval)}
+    value = named["value"].aval
+    grads: dict[str, Any] = {"value": ad.Zero(value)}
     given = dict(filter_nonzero(names(RESULTS), cotangents))
     if "out" in given:
-        _, *statistics = bind(ragged_attention_p, query, key, key, lengths, starts, params=params)
-        rank = query.ndim - 2
-        out_bar = given["out"]
+        out_bar, query = given["out"], named["query"]
+        unscaled = tuple(name for name in params.optional if name != "value_scale")
+        key_params = dataclasses.replace(params, optional=unscaled)
+        key_twice = named | {"value": named["key"]}
+        key_twice.pop("value_scale", None)
+        _, *statistics = bind(ragged_attention_p, *key_twice.values(), params=key_params)
         (grads["value"],) = bind(
             ragged_attention_vjp_p,
-            query,
-            key,
-            ad.instantiate_zeros(ad.Zero(value.aval)),
-            lengths,
-            starts,
+            *(named | {"value": ad.instantiate_zeros(ad.Zero(value))}).values(),
             jax.numpy.zeros_like(out_bar, dtype=statistics_dtype(query.dtype)),
             *statistics,
             out_bar,
             params=params,
             given=("out",),
             wrt=("value",),
-            shared=(tuple(is_one(n) for n in value.aval.shape[:rank]),),
+            shared=(tuple(is_one(n) for n in value.shape[: query.ndim - 2]),),
         )
-    return [grads.get(name) for name in names(PRIMALS)]
+    return [grads.get(name) for name in named]
 
 
 _DEFINITION = Definition(forward_signature, _run)

@@ -31,12 +31,11 @@ from jax_ragged.primitives._primitive import (
     register_lowerings,
 )
 from jax_ragged.primitives._signature import (
-    DIFFERENTIABLE,
-    RESIDUALS,
     RESULTS,
     Names,
     jvp_signature,
     names,
+    residuals as residual_specs,
 )
 
 
@@ -49,8 +48,8 @@ def _run(
     wrt: Names,
 ) -> Mapping[str, jax.Array]:
     assert not wide, "a tangent of a result is never summed"
-    residuals = Residuals(**{name: arrays[name] for name in names(RESIDUALS)})
-    tangents = ByOperand(*(arrays.get(f"{name}_dot") for name in names(DIFFERENTIABLE)))
+    residuals = Residuals(**{name: arrays[name] for name in names(residual_specs(params))})
+    tangents = ByOperand(*(arrays.get(f"{name}_dot") for name in ByOperand._fields))
     dots = target.jvp(residuals, tangents, params)
     return {f"{name}_dot": x for name, x in dots._asdict().items()}
 

@@ -30,12 +30,11 @@ from jax_ragged.primitives._primitive import (
     register_lowerings,
 )
 from jax_ragged.primitives._signature import (
-    DIFFERENTIABLE,
-    RESIDUALS,
     RESULTS,
     Names,
     Shared,
     names,
+    residuals as residual_specs,
     vjp_signature,
 )
 
@@ -51,7 +50,7 @@ def _run(
     shared: Shared,
 ) -> Mapping[str, jax.Array | None]:
     del given, shared  # arrays holds the given cotangents; the caller sums
-    residuals = Residuals(**{name: arrays[name] for name in names(RESIDUALS)})
+    residuals = Residuals(**{name: arrays[name] for name in names(residual_specs(params))})
     cotangents = ByResult(*(arrays.get(f"{name}_bar") for name in names(RESULTS)))
 
     def dtype(name: str) -> Any:
@@ -60,7 +59,7 @@ def _run(
         own = arrays[name].dtype
         return statistics_dtype(own) if f"{name}_bar" in wide else own
 
-    bars = target.vjp(residuals, cotangents, ByOperand(*map(dtype, names(DIFFERENTIABLE))), params)
+    bars = target.vjp(residuals, cotangents, ByOperand(*map(dtype, ByOperand._fields)), params)
     return {f"{name}_bar": x for name, x in bars._asdict().items()}
 
 

@@ -301,11 +301,11 @@ def refusal(
     statistic: Any = jax.ShapeDtypeStruct((B, Q, Hq), statistics_dtype(query.dtype))
     out: Any = jax.ShapeDtypeStruct((B, Q, Hq, value.shape[3]), statistic.dtype)
     operands = Operands(query, key, value, windows, windows)
-    residuals = Residuals(*operands, out, statistic, statistic)
+    residuals = Residuals(query, key, value, windows, windows, out, statistic, statistic)
     out_bar = out.update(dtype=params.result_dtype(query.dtype))
     dtypes = ByOperand(query.dtype, key.dtype, value.dtype)
     try:
-        run = getattr(target.lowering(operands), operation)
+        run = getattr(target.lowering(operands, params), operation)
         if operation == "forward":
             jax.eval_shape(lambda x: run(x, params, target.device_kind), operands)
         elif operation == "jvp":

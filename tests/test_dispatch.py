@@ -125,7 +125,9 @@ def test_checks_that_platforms_share(platform: str, sizes: dict[str, Any], says:
     query: Any = jax.ShapeDtypeStruct((B, 1, 2, 4), "float32")
     windows: Any = jax.ShapeDtypeStruct((B, 1), "int32")
     with pytest.raises(Unsupported, match=says):
-        Target(platform).lowering(Operands(query, cache, cache, windows, windows))
+        Target(platform).lowering(
+            Operands(query, cache, cache, windows, windows), RaggedAttentionParams()
+        )
 
 
 class TestHigherOrders:

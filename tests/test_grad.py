@@ -22,7 +22,8 @@ from cases import (
     poison,
     tiered,
 )
-from jax_ragged.primitives._signature import DIFFERENTIABLE, RESULTS, names
+from jax_ragged.lowering.contract import ByOperand
+from jax_ragged.primitives._signature import RESULTS, names
 from lowerings import RUNNERS, Runner
 from programs import ALL, WRT, counts, equations, largest_made, op, pullback
 
@@ -78,7 +79,7 @@ def test_equations(x64: None, given: tuple[bool, ...]) -> None:
         assert eqn.params["given"] == tuple(
             n for n, g in zip(names(RESULTS), given, strict=True) if g
         )
-        assert eqn.params["wrt"] == tuple(names(DIFFERENTIABLE)[i] for i in wrt)
+        assert eqn.params["wrt"] == tuple(ByOperand._fields[i] for i in wrt)
         assert len(eqn.invars) == 8 + sum(given)
         assert len(eqn.outvars) == len(wrt)
 

@@ -13,7 +13,9 @@ __all__ = ["LOWERING"]
 
 
 class _CPU(Lowering):
-    """It takes every call."""
+    """It takes every call, and every form of cache."""
+
+    dense_only = False
 
     def forward(
         self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None

@@ -19,6 +19,8 @@ from jax_ragged.lowering._compat import (
     pcast_to_varying,
     varying_axes,
 )
+from jax_ragged.lowering.cache import positions, positions_axis
+from jax_ragged.lowering.contract import Operands, Residuals
 from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
 
 _State = TypeVar("_State")
@@ -28,6 +30,8 @@ _RowState = TypeVar("_RowState")
 # one operation writes is still in a core's cache when the next reads it.
 _POSITIONS = 32
 _LEAST_ELEMENTS, _MOST_ELEMENTS = 1 << 13, 1 << 16
+# Up to so many pages of a block are sliced one by one, more are gathered.
+_PIECES = 8
 # Positions that are worth waking threads for.
 _THREADED_POSITIONS = 128
 # Up to so many rows that share a key head, products of each row with the block are faster than a
@@ -60,10 +64,12 @@ class Windows(NamedTuple):
 
     Attributes:
       lo, hi: the windows.
-      start: [B], the first position of any window of the row, where its first block starts.
+      start: [B], the first position of each row's first block.
       blocks: [B], the number of the row's blocks of T positions.
       T: positions of a block.
       S: positions of the cache.
+      aligned: whether blocks start at multiples of T, as blocks of pages do. Others start with
+        the windows, and the last one of a cache ends with the cache.
     """
 
     lo: jax.Array
@@ -72,25 +78,21 @@ class Windows(NamedTuple):
     blocks: jax.Array
     T: int
     S: int
+    aligned: bool
 
     @classmethod
-    def of(
-        cls,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        lengths: jax.Array,
-        starts: jax.Array,
-        params: RaggedAttentionParams,
-    ) -> "Windows":
-        S, T = key.shape[1], _block_size(query, key, value, params)
-        lo, hi = jnp.maximum(starts, 0), jnp.minimum(lengths, S)
+    def of(cls, operands: Operands | Residuals, params: RaggedAttentionParams) -> "Windows":
+        S, T = positions(operands, params), _block_size(operands, params)
+        lo, hi = jnp.maximum(operands.starts, 0), jnp.minimum(operands.lengths, S)
         empty = lo >= hi
         start = jnp.where(empty, S, lo).min(axis=1)
         end = jnp.where(empty, 0, hi).max(axis=1)
-        span, step = jnp.maximum(end - start, 0), jnp.int32(T)
+        step = jnp.int32(T)
+        if params.paged:
+            start = lax.div(start, step) * step
+        span = jnp.maximum(end - start, 0)
         count = lax.div(span, step) + (lax.rem(span, step) > 0).astype(jnp.int32)
-        return cls(lo, hi, start, count, T, S)
+        return cls(lo, hi, start, count, T, S, params.paged)
 
     def fold(
         self,
@@ -118,7 +120,7 @@ class Windows(NamedTuple):
 
     def _block(self, b: jax.Array, j: jax.Array, G: int) -> Block:
         at = self.start[b] + j * self.T
-        start = jnp.minimum(at, self.S - self.T)
+        start = at if self.aligned else jnp.minimum(at, self.S - self.T)
         position = start + lax.iota(jnp.int32, self.T)
         lo, hi = self.lo[b][:, None], self.hi[b][:, None]
         inside = (position[None] >= jnp.maximum(lo, at)) & (position[None] < hi)
@@ -130,43 +132,167 @@ class Windows(NamedTuple):
         return Block(b, start, position, inside, used)
 
 
-def _block_size(
-    query: jax.Array, key: jax.Array, value: jax.Array, params: RaggedAttentionParams
-) -> int:
+def _block_size(operands: Operands | Residuals, params: RaggedAttentionParams) -> int:
     """Positions of a block: as asked, or by elements of a position and rows of a key head."""
-    _, S, Hkv, D = key.shape
-    if params.block_size is not None:
-        return min(params.block_size, S)
+    S = positions(operands, params)
+    wanted: int = params.block_size or _default_block_size(operands, params)
+    if not params.paged:
+        return int(min(S, wanted))
+    page: int = operands.key.shape[positions_axis(params)]
+    parts = [n for n in range(1, page + 1) if page % n == 0]
+    whole = [page * n for n in range(1, max(wanted // page, 1) + 1)]
+    # A part of a page or several pages: the nearest to the wanted size, as a ratio.
+    return min([*parts, *whole], key=lambda T: max(T, wanted) / min(T, wanted))
+
+
+def _default_block_size(operands: Operands | Residuals, params: RaggedAttentionParams) -> int:
+    query, key, value = operands[:3]
+    Hkv, D = key.shape[3 - positions_axis(params)], key.shape[3]
     if CPU_THREADS_DOTS and query.shape[1] * query.shape[2] // Hkv > _ROWS_APART:
-        return min(S, _THREADED_POSITIONS)
+        return _THREADED_POSITIONS
     elements = Hkv * max(D, value.shape[3])
     T = min(_POSITIONS, _MOST_ELEMENTS // elements)
     if CPU_THREADS_DOTS:  # Before, twice the positions are enough for XLA to wake threads.
         T = T * 4 // key.dtype.itemsize
-    return min(S, max(16, min(128, max(T, _LEAST_ELEMENTS // elements))))
+    return max(16, min(128, max(T, _LEAST_ELEMENTS // elements)))
 
 
-def take(x: jax.Array, block: Block) -> jax.Array:
-    """A block of a cache [B, S, Hkv, D], widened and by head, [Hkv, T, D]; 0 where not used."""
-    by_head = jnp.where(block.used[None, :, None], _slice(x, block).transpose(1, 0, 2), 0)
-    # Without the barrier, XLA before 0.11 leaves the heads interleaved, and a dot takes thrice as
-    # long; with it, XLA since then writes the block twice.
-    return by_head if CPU_THREADS_DOTS else lax.optimization_barrier(by_head)
+class Taken(NamedTuple):
+    """One block of a cache, widened and by head; 0 where not used.
 
-
-def _slice(x: jax.Array, block: Block) -> jax.Array:
-    """[T, Hkv, D], widened.
-
-    XLA would rather widen a bfloat16 cache as a whole, ahead of the loops. It cannot if it is
-    the bits that are read, by way of a value that changes with every step.
+    Attributes:
+      x: [Hkv, T, D].
+      scale: [Hkv, T], the factor of each position's x, or None for 1.
     """
-    at = tuple(map(jnp.int32, (block.row, block.start, 0, 0)))
-    sizes = (1, block.position.size, *x.shape[2:])
+
+    x: jax.Array
+    scale: jax.Array | None
+
+
+class Cache(NamedTuple):
+    """Keys or values in any form, or tangents of them, from which blocks are taken.
+
+    Attributes:
+      x: [B, S, Hkv, D], or as `params` says: see `Operands`.
+      scale: its scale, or None.
+      page_table: [B, W], or None.
+      params: the static parameters.
+    """
+
+    x: jax.Array
+    scale: jax.Array | None
+    page_table: jax.Array | None
+    params: RaggedAttentionParams
+
+    @classmethod
+    def pair(
+        cls, operands: Operands | Residuals, params: RaggedAttentionParams
+    ) -> tuple["Cache", "Cache"]:
+        """The keys and the values."""
+        table = operands.page_table
+        return (
+            cls(operands.key, operands.key_scale, table, params),
+            cls(operands.value, operands.value_scale, table, params),
+        )
+
+    @property
+    def heads(self) -> int:
+        """Hkv."""
+        return int(self.x.shape[3 - positions_axis(self.params)])
+
+    def take(self, block: Block) -> Taken:
+        """One block."""
+        used = block.used[None, :, None]
+        by_head = jnp.where(used, _widened(self.x, self._at(block), self._read), 0)
+        if not CPU_THREADS_DOTS:
+            # Without the barrier, XLA before 0.11 leaves the heads interleaved, and a dot takes
+            # thrice as long; with it, XLA since then writes the block twice.
+            by_head = lax.optimization_barrier(by_head)
+        if self.scale is None:
+            return Taken(by_head, None)
+        scale = jnp.where(used, self._read(self.scale[..., None], self._at(block)), 0)
+        return Taken(by_head, scale[..., 0])
+
+    def _at(self, block: Block) -> "_Place":
+        T = block.position.size
+        if self.page_table is None:
+            return _Place(block.row[None], block.start, T)
+        page = self.x.shape[positions_axis(self.params)]
+        first = lax.div(block.start, jnp.int32(page))
+        pages = first + lax.iota(jnp.int32, max(T // page, 1))
+        pages = self.page_table[block.row, jnp.minimum(pages, self.page_table.shape[1] - 1)]
+        return _Place(pages, lax.rem(block.start, jnp.int32(page)), min(T, page))
+
+    def _read(self, x: jax.Array, at: "_Place") -> jax.Array:
+        """The place's positions of x, which may have 1 for a dimension, [Hkv, T, D]."""
+        axis = positions_axis(self.params)
+        sizes = [1, *x.shape[1:]]
+        sizes[axis] = min(at.positions, x.shape[axis])
+        zero = jnp.int32(0)
+
+        def piece(row: jax.Array) -> jax.Array:
+            start = [zero] * 4
+            start[0] = zero if x.shape[0] == 1 else row
+            start[axis] = zero if x.shape[axis] == 1 else at.start
+            return lax.dynamic_slice(x, start, sizes)[0]
+
+        if at.rows.size > _PIECES and x.shape[0] > 1:
+            pieces = x.at[at.rows].get(mode="promise_in_bounds")
+            pieces = pieces if axis == 2 else pieces.swapaxes(1, 2)
+        else:
+            read = jnp.stack([piece(at.rows[i]) for i in range(at.rows.size)])
+            pieces = read if axis == 2 else read.swapaxes(1, 2)
+        full = (at.rows.size, self.heads, at.positions, x.shape[3])
+        pieces = jnp.broadcast_to(pieces, full).swapaxes(0, 1)
+        return pieces.reshape(self.heads, at.rows.size * at.positions, x.shape[3])
+
+    def gather(self, t: jax.Array) -> jax.Array:
+        """The elements at positions t [B, Hkv, R], [B, Hkv, R, D], widened."""
+        row, head = (lax.broadcasted_iota(jnp.int32, t.shape, i) for i in (0, 1))
+        if self.page_table is not None:
+            page = jnp.int32(self.x.shape[positions_axis(self.params)])
+            row, t = self.page_table[row, lax.div(t, page)], lax.rem(t, page)
+
+        def at(x: jax.Array) -> jax.Array:
+            places = (row, t, head) if positions_axis(self.params) == 1 else (row, head, t)
+            index = tuple(0 if n == 1 else i for i, n in zip(places, x.shape, strict=False))
+            return x.at[index].get(mode="promise_in_bounds")
+
+        found = at(self.x).astype(statistics_dtype(self.x.dtype))
+        if self.scale is not None:
+            found = found * at(self.scale[..., None])
+        return found
+
+
+class _Place(NamedTuple):
+    """The place of a block: `positions` positions from start on, of each of some rows or pages.
+
+    Attributes:
+      rows: [n], of the array's first dimension.
+      start: the first position in each.
+      positions: their number in each.
+    """
+
+    rows: jax.Array
+    start: jax.Array
+    positions: int
+
+
+def _widened(x: jax.Array, at: _Place, read: Callable[[jax.Array, _Place], jax.Array]) -> jax.Array:
+    """A block of x, widened.
+
+    XLA would rather widen a narrow cache as a whole, ahead of the loops. It cannot if the cache
+    comes by way of a value that changes with every step, and, for bfloat16, as bits.
+    """
+    wide = statistics_dtype(x.dtype)
+    if x.dtype == wide:
+        return read(x, at)
+    x, rows, start = lax.optimization_barrier((x, at.rows, at.start))
+    at = at._replace(rows=rows, start=start)
     if x.dtype == jnp.bfloat16:
-        x, at = lax.optimization_barrier((x, at))
-        bits = lax.dynamic_slice(lax.bitcast_convert_type(x, jnp.uint16), at, sizes)
-        return lax.bitcast_convert_type(bits[0].astype(jnp.uint32) << 16, jnp.float32)
-    return lax.dynamic_slice(x, at, sizes)[0].astype(statistics_dtype(x.dtype))
+        bits = read(lax.bitcast_convert_type(x, jnp.uint16), at)
+        return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+    return read(x, at).astype(wide)
 
 
 def zero_cache(shape: tuple[int, ...], dtype: DTypeLike, tie: jax.Array) -> jax.Array:
@@ -234,17 +360,23 @@ def _dot(contract: tuple[int, int], x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
 
 
+def along_features(x: jax.Array, y: Taken) -> jax.Array:
+    """Products of x [Hkv, R, D] with each position of a block, [Hkv, R, T]."""
+    products = _by_row(2, x, y.x)
+    return products if y.scale is None else products * y.scale[:, None]
+
+
+def along_positions(x: jax.Array, y: Taken) -> jax.Array:
+    """The sum over a block's positions, each weighted by x [Hkv, R, T], [Hkv, R, D]."""
+    return _by_row(1, x if y.scale is None else x * y.scale[:, None], y.x)
+
+
 def _by_row(axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
     """Sums of x [Hkv, R, n] with y [Hkv, T, D] along n, which is y's axis 1 or 2."""
     R = x.shape[1]
     if R > _ROWS_APART:
         return _dot((2, axis), x, y)
     return jnp.stack([_dot((1, axis), x[:, r], y) for r in range(R)], axis=1)
-
-
-# For each head: rows with positions, [R, D] x [T, D] to [R, T]; [R, T] x [T, D] to [R, D].
-along_features = functools.partial(_by_row, 2)
-along_positions = functools.partial(_by_row, 1)
 
 
 def along_rows(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -262,7 +394,7 @@ def scaled_query(query: jax.Array, Hkv: int, params: RaggedAttentionParams) -> j
 
 
 def logits(
-    q: jax.Array, k: jax.Array, at: Block, params: RaggedAttentionParams
+    q: jax.Array, k: Taken, at: Block, params: RaggedAttentionParams
 ) -> tuple[jax.Array, jax.Array | float]:
     """A block's logits z, -inf outside of the windows, and dz / ds.
 
@@ -272,7 +404,7 @@ def logits(
 
     Args:
       q: [Hkv, R, D], as scaled_query gives it.
-      k: [Hkv, T, D], the block's keys.
+      k: the block's keys.
       at: the block.
       params: the static parameters.
 

@@ -27,9 +27,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_ragged.lowering import reference
+from jax_ragged.lowering.cache import is_dense, jvp_by_dense, positions_axis, vjp_by_dense
 from jax_ragged.lowering.contract import ByOperand, ByResult, Residuals
 from jax_ragged.lowering.cpu.blocks import (
     Block,
+    Cache,
     Windows,
     along_features,
     along_positions,
@@ -42,12 +44,11 @@ from jax_ragged.lowering.cpu.blocks import (
     put_block,
     scaled_query,
     soft_cap_slope,
-    take,
     varying_like,
     written_cache,
     zero_cache,
 )
-from jax_ragged.lowering.cpu.forward import is_dense
+from jax_ragged.lowering.cpu.forward import is_small
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.reference import inverse
 
@@ -74,10 +75,9 @@ class _Maximum(NamedTuple):
         newer = highest >= self.z
         return _Maximum(jnp.where(newer, highest, self.z), jnp.where(newer, t, self.t))
 
-    def gather(self, x: jax.Array) -> jax.Array:
-        """x [B, S, Hkv, D] at t*, widened, [B, Hkv, R, D]; 0 where there is none."""
-        at_max = x.at[self.where].get(mode="promise_in_bounds").astype(self.z.dtype)
-        return jnp.where(self.exists[..., None], at_max, 0)
+    def gather(self, x: Cache) -> jax.Array:
+        """x at t*, widened, [B, Hkv, R, D]; 0 where there is none."""
+        return jnp.where(self.exists[..., None], x.gather(self.t), 0)
 
     @property
     def where(self) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -117,9 +117,11 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, residuals: Residuals, params: RaggedAttentionParams) -> "_Rows":
-        query, key, _, _, _, *results = residuals
-        q = scaled_query(query, key.shape[2], params)
-        o, m, denominator = (by_key_head(x.astype(q.dtype), key.shape[2]) for x in results)
+        query, key = residuals.query, residuals.key
+        results = residuals.out, residuals.max_logits, residuals.denominator
+        Hkv = key.shape[3 - positions_axis(params)]
+        q = scaled_query(query, Hkv, params)
+        o, m, denominator = (by_key_head(x.astype(q.dtype), Hkv) for x in results)
         nonempty = denominator != 0
         q = jnp.where(nonempty[..., None], q, 0)
         m = jnp.where(nonempty, m, jnp.inf)
@@ -165,12 +167,16 @@ def jvp(
     params: RaggedAttentionParams,
 ) -> ByResult[jax.Array]:
     """Tangents of (out, max_logits, denominator) for tangents of (query, key, value)."""
-    query, key, value, lengths, starts, *_ = residuals
-    if is_dense(query, key, value, params):
-        return reference.jvp(residuals, tangents, params)
-    Q, Hkv = lengths.shape[1], key.shape[2]
+    if is_small(residuals, params):
+        return jvp_by_dense(reference.jvp, residuals, tangents, params)
+    if tangents.key_scale is not None or tangents.value_scale is not None:
+        return jvp_by_dense(jvp, residuals, tangents, params)
+    query, Q = residuals.query, residuals.query.shape[1]
+    key, value = Cache.pair(residuals, params)
+    k_dot = None if tangents.key is None else key._replace(x=tangents.key)
+    v_dot = None if tangents.value is None else value._replace(x=tangents.value)
+    Hkv = key.heads
     rows = _Rows.of(residuals, params)
-    _, k_dot, v_dot = tangents
     q_dot = None if tangents.query is None else scaled_query(tangents.query, Hkv, params)
     all_tangents = _Tangents(rows.q, rows.m, q_dot)
     B, _, R, Dv = rows.o.shape
@@ -181,22 +187,22 @@ def jvp(
 
     def block(at: Block, state: tuple[_Tangents, _Moments]) -> tuple[_Tangents, _Moments]:
         row, sums = state
-        k, v = take(key, at), take(value, at)
+        k, v = key.take(at), value.take(at)
         z, slope = logits(row.q, k, at, params)
         p = jnp.exp(z - row.m[..., None])
         s_dot = jnp.zeros_like(z)
         if row.q_dot is not None:
             s_dot += along_features(row.q_dot, k)
         if k_dot is not None:
-            s_dot += along_features(row.q, take(k_dot, at))
+            s_dot += along_features(row.q, k_dot.take(at))
         pz_dot = p * (s_dot * slope)
         weighted = along_positions(pz_dot, v)
         if v_dot is not None:
-            weighted += along_positions(p, take(v_dot, at))
+            weighted += along_positions(p, v_dot.take(at))
         total = sums.pz_dot + pz_dot.sum(axis=2)
         return row, _Moments(total, sums.weighted + weighted, sums.maximum.of(z, at))
 
-    sums = Windows.of(query, key, value, lengths, starts, params).fold(
+    sums = Windows.of(residuals, params).fold(
         moments(B, Hkv),
         R // Q,
         lambda b, _: (jax.tree.map(lambda x: pick(x, b), all_tangents), moments(Hkv)),
@@ -254,12 +260,15 @@ def vjp(
     params: RaggedAttentionParams,
 ) -> ByOperand[jax.Array | None]:
     """Cotangents of query, key and value, for each that wrt asks for: the transpose of jvp."""
-    query, key, value, *_ = residuals
-    if is_dense(query, key, value, params):
-        return reference.vjp(residuals, cotangents, wrt, params)
+    if is_small(residuals, params):
+        return vjp_by_dense(reference.vjp, residuals, cotangents, wrt, params)
+    of_cache = any(dtype is not None for dtype in wrt[1:])
+    if of_cache and not is_dense(residuals, params):
+        return vjp_by_dense(vjp, residuals, cotangents, wrt, params)
+    query, (key, _) = residuals.query, Cache.pair(residuals, params)
     rows = _Rows.of(residuals, params)
     o_bar, m_bar, l_bar = (
-        None if x is None else rows.kept(by_key_head(x.astype(rows.q.dtype), key.shape[2]))
+        None if x is None else rows.kept(by_key_head(x.astype(rows.q.dtype), key.heads))
         for x in cotangents
     )
     shift, at_max = jnp.zeros_like(rows.m), jnp.zeros_like(rows.m)
@@ -306,7 +315,7 @@ def _run_vjp(
     params: RaggedAttentionParams,
 ) -> _Gradients:
     """The gradients without the terms at t*; k and v in the dtypes that wrt names."""
-    query, key, value, lengths, starts, *_ = residuals
+    key, value = Cache.pair(residuals, params)
     q = cotangents.q
     B, Hkv, R, D = q.shape
 
@@ -322,12 +331,12 @@ def _run_vjp(
 
     def block(at: Block, state: tuple[_Cotangents, _Gradients]) -> tuple[_Cotangents, _Gradients]:
         row, grads = state
-        k = take(key, at)
+        k = key.take(at)
         z, slope = logits(row.q, k, at, params)
         p = jnp.exp(z - row.m[..., None])
         z_bar = row.shift[..., None]
         if row.o_bar is not None and (wrt.query is not None or wrt.key is not None):
-            z_bar = z_bar + along_features(row.o_bar, take(value, at))
+            z_bar = z_bar + along_features(row.o_bar, value.take(at))
         s_bar = p * z_bar * slope
         if grads.q is not None:
             grads = grads._replace(q=grads.q + along_positions(s_bar, k))
@@ -350,12 +359,12 @@ def _run_vjp(
 
     q_bar, maximum = begin(B, Hkv)
     k_bar, v_bar = (
-        None if dtype is None else varying_like(q, zero_cache(x.shape, dtype, tie))
-        for x, tie, dtype in zip((key, value), (q, cotangents.m), wrt[1:], strict=True)
+        None if dtype is None else varying_like(q, zero_cache(x.x.shape, dtype, tie))
+        for x, tie, dtype in zip((key, value), (q, cotangents.m), wrt[1:3], strict=True)
     )
     initial = _Gradients(q_bar, k_bar, v_bar, maximum)
-    windows = Windows.of(query, key, value, lengths, starts, params)
-    grads = windows.fold(initial, R // lengths.shape[1], begin_row, block, end_row)
+    windows = Windows.of(residuals, params)
+    grads = windows.fold(initial, R // residuals.query.shape[1], begin_row, block, end_row)
     return grads._replace(
         k=None if grads.k is None else written_cache(grads.k, wrt.key),
         v=None if grads.v is None else written_cache(grads.v, wrt.value),

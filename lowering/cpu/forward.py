@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_ragged.lowering import reference
-from jax_ragged.lowering.contract import ByResult, Operands
+from jax_ragged.lowering.cache import forward_by_dense, positions, positions_axis
+from jax_ragged.lowering.contract import ByResult, Operands, Residuals
 from jax_ragged.lowering.cpu.blocks import (
     Block,
+    Cache,
     Windows,
     along_positions,
     by_query,
@@ -23,7 +25,6 @@ from jax_ragged.lowering.cpu.blocks import (
     pick,
     put,
     scaled_query,
-    take,
     varying_like,
 )
 from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
@@ -35,24 +36,23 @@ Arrays3 = tuple[jax.Array, jax.Array, jax.Array]
 _DENSE_ELEMENTS = 1 << 15
 
 
-def is_dense(
-    query: jax.Array, key: jax.Array, value: jax.Array, params: RaggedAttentionParams
-) -> bool:
-    """Whether the dense form runs: of nothing, or of little if no block size is asked for."""
-    B, S, Hkv, D = key.shape
-    elements = B * S * Hkv * (D + value.shape[3])
-    return query.size * S == 0 or (params.block_size is None and elements <= _DENSE_ELEMENTS)
+def is_small(operands: Operands | Residuals, params: RaggedAttentionParams) -> bool:
+    """Whether the dense form runs: for little, unless a block size is asked for."""
+    D, Dv = operands.key.shape[3], operands.value.shape[3]
+    S, Hkv = positions(operands, params), operands.key.shape[3 - positions_axis(params)]
+    elements = operands.query.shape[0] * S * Hkv * (D + Dv)
+    return params.block_size is None and elements <= _DENSE_ELEMENTS
 
 
 def forward(operands: Operands, params: RaggedAttentionParams) -> ByResult[jax.Array]:
     """Returns out [B, Q, Hq, Dv], max_logits and denominator [B, Q, Hq]."""
-    query, key, value, lengths, starts = operands
-    if is_dense(query, key, value, params):
-        return reference.forward(operands, params)
-    Q = lengths.shape[1]
-    windows = Windows.of(query, key, value, lengths, starts, params)
+    if is_small(operands, params):
+        return forward_by_dense(reference.forward, operands, params)
+    query, Q = operands.query, operands.query.shape[1]
+    windows = Windows.of(operands, params)
     wide = statistics_dtype(query.dtype)
-    q = scaled_query(query, key.shape[2], params)
+    key, value = Cache.pair(operands, params)
+    q = scaled_query(query, key.heads, params)
     highest, total, weighted = _stream(q, key, value, windows, Q, params)
     empty = total == 0
     # An empty window may share its row with one that holds a NaN, and 0 * NaN is NaN.
@@ -64,8 +64,8 @@ def forward(operands: Operands, params: RaggedAttentionParams) -> ByResult[jax.A
 
 def _stream(
     q: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    key: Cache,
+    value: Cache,
     windows: Windows,
     Q: int,
     params: RaggedAttentionParams,
@@ -75,17 +75,17 @@ def _stream(
 
     def empty(*rows: int) -> Arrays3:
         lowest = varying_like(q, jnp.full((*rows, R), jnp.finfo(q.dtype).min, q.dtype))
-        zeros = varying_like(q, jnp.zeros((*rows, R, value.shape[-1]), q.dtype))
+        zeros = varying_like(q, jnp.zeros((*rows, R, value.x.shape[3]), q.dtype))
         return lowest, zeros[..., 0], zeros
 
     def block(at: Block, state: tuple[jax.Array, Arrays3]) -> tuple[jax.Array, Arrays3]:
         q_row, (highest, total, weighted) = state
-        z, _ = logits(q_row, take(key, at), at, params)
+        z, _ = logits(q_row, key.take(at), at, params)
         new = jnp.maximum(highest, z.max(axis=2))
         p = jnp.exp(z - new[..., None])
         factor = jnp.exp(highest - new)
         total = total * factor + p.sum(axis=2)
-        weighted = weighted * factor[..., None] + along_positions(p, take(value, at))
+        weighted = weighted * factor[..., None] + along_positions(p, value.take(at))
         return q_row, (new, total, weighted)
 
     def end_row(b: jax.Array, rows: Arrays3, state: tuple[jax.Array, Arrays3]) -> Arrays3:

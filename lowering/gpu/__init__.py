@@ -161,7 +161,7 @@ class _GPU(Lowering):
     def forward(
         self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
     ) -> ByResult[jax.Array]:
-        query, key, value, lengths, starts = operands
+        query, key, value, lengths, starts, *_ = operands
         _check(query, key, value, params, device_kind)
         plan = make_plan(query, key, value, params)
         out, max_logits, denominator = run(plan, query, key, value, lengths, starts)

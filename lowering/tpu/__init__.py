@@ -124,7 +124,7 @@ class _TPU(Lowering):
     def forward(
         self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
     ) -> ByResult[jax.Array]:
-        query, key, value, lengths, starts = operands
+        query, key, value, lengths, starts, *_ = operands
         _check("forward", query, key, value, params, device_kind)
         chip = chip_of(device_kind)
         chosen = _choose(query, key, value, chip, params)

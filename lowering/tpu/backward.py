@@ -300,7 +300,7 @@ class _Launch:
         return jnp.where(visited.reshape(*visited.shape, *(1,) * (x.ndim - 2)), x, neutral)
 
 
-def jvp(problem: Problem, residuals: Residuals, tangents: Optional3) -> Arrays3:
+def jvp(problem: Problem, residuals: Residuals, tangents: Any) -> Arrays3:
     """As `lowering.reference.jvp`."""
     return _Derivatives(problem, residuals).jvp(tangents)
 
@@ -382,7 +382,7 @@ class _Derivatives:
             passes = [(kernel_wrt[0], False, False), (False, *kernel_wrt[1:])]
         bars: list[jax.Array | None] = [None, None, None]
         for asked in passes:
-            dtypes = ByOperand(*(d if x else None for d, x in zip(wrt, asked, strict=True)))
+            dtypes = ByOperand(*(d if x else None for d, x in zip(wrt[:3], asked, strict=True)))
             for i, x in zip(_where(asked), self._pass(cotangents, dtypes, at), strict=True):
                 bars[i] = x
         if asked_for[2] and o_bar is None:
@@ -453,10 +453,10 @@ class _Derivatives:
             a += m_bar
         return o_bar, self._of_windows(u), self._of_windows(a)
 
-    def jvp(self, tangents: Optional3) -> Arrays3:
+    def jvp(self, tangents: Any) -> Arrays3:
         """As `lowering.reference.jvp`."""
         query, key, value = self.residuals[:3]
-        q_dot, k_dot, v_dot = tangents
+        q_dot, k_dot, v_dot, *_ = tangents
         wrt = (q_dot is not None, k_dot is not None, v_dot is not None)
         launch = self._launch(lambda x: jvp_traffic(x, wrt))
         sizes, plan = launch.sizes, launch.plan

@@ -1,0 +1,199 @@
+"""The forms of caches as users pass them: checks, canonical operands, and quantisation."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jax_ragged.lowering.cache import NARROW
+from jax_ragged.lowering.params import CacheLayout, statistics_dtype
+
+_NARROW_NAMES = ", ".join(dtype.name for dtype in NARROW)
+
+
+class Cache(NamedTuple):
+    """The operands that make up a cache; the last three may be None.
+
+    Attributes:
+      key: [B, S, Hkv, D] or [B, Hkv, S, D]; [P, T, Hkv, D] or [P, Hkv, T, D] with a page table.
+      value: as key, with Dv.
+      page_table: integers [B, W].
+      key_scale: broadcasts against key without its last dimension.
+      value_scale: broadcasts against value without its last dimension.
+    """
+
+    key: Any
+    value: Any
+    page_table: Any = None
+    key_scale: Any = None
+    value_scale: Any = None
+
+
+def letters(layout: CacheLayout, paged: bool, head_dim: str) -> str:
+    """The shape of key or value, in letters."""
+    pages, position = ("P", "T") if paged else ("B", "S")
+    heads = (position, "Hkv") if layout == "BSHD" else ("Hkv", position)
+    return f"[{', '.join((pages, *heads, head_dim))}]"
+
+
+def sizes(cache: Cache, layout: CacheLayout) -> tuple[int, int]:
+    """Positions of a row (or of a page), and key heads."""
+    position, heads = cache.key.shape[1:3]
+    return (position, heads) if layout == "BSHD" else (heads, position)
+
+
+def check_dtypes(query: Any, cache: Cache) -> None:
+    """Raises unless key and value have the dtype of query, or are quantised with their scales."""
+    for name in ("key", "value"):
+        dtype, scale = getattr(cache, name).dtype, getattr(cache, f"{name}_scale")
+        narrow = dtype in NARROW
+        if dtype != query.dtype and not narrow:
+            raise TypeError(
+                f"ragged_attention: {name} must have the dtype of query or, quantised, one of "
+                f"{_NARROW_NAMES}; got {dtype} for query in {query.dtype}. Cast query to the "
+                "dtype of the cache: casting the cache copies it."
+            )
+        if dtype == jnp.int8 and scale is None:
+            raise TypeError(
+                f"ragged_attention: {name} in int8 must come with {name}_scale, its unit for each "
+                "token and head; got none. jax_ragged.quantize_cache(x, 'int8') returns both."
+            )
+        if scale is not None and not narrow:
+            raise TypeError(
+                f"ragged_attention: {name}_scale must come with a quantised {name}, in one of "
+                f"{_NARROW_NAMES}; got {name} in {dtype}. Leave the scale out, or pass it as "
+                "softmax_scale."
+            )
+        if scale is not None and not jnp.issubdtype(scale.dtype, jnp.floating):
+            raise TypeError(
+                f"ragged_attention: {name}_scale must have a float dtype; got {scale.dtype}. "
+                f"Pass {name}_scale.astype(jnp.float32)."
+            )
+    table = cache.page_table
+    if table is not None and not jnp.issubdtype(table.dtype, jnp.integer):
+        raise TypeError(
+            f"ragged_attention: page_table must have an integer dtype; got {table.dtype}. "
+            "Pass the numbers of pages, page_table.astype(jnp.int32)."
+        )
+
+
+def check_shapes(query: Any, cache: Cache, layout: CacheLayout) -> None:
+    """Raises unless the cache fits query [B, (Q,) Hq, D]."""
+    paged = cache.page_table is not None
+    B, D = query.shape[0], query.shape[-1]
+    for name, head_dim in (("key", "D"), ("value", "Dv")):
+        x = getattr(cache, name)
+        if x.ndim != 4:
+            raise ValueError(
+                f"ragged_attention: {name} must have shape {letters(layout, paged, head_dim)}; "
+                f"got {x.shape}. Map further dimensions with jax.vmap."
+            )
+    if paged and (cache.page_table.ndim != 2 or cache.page_table.shape[0] != B):
+        raise ValueError(
+            "ragged_attention: page_table must have shape [B, W], the pages of each row, with B "
+            f"of query; got {cache.page_table.shape} for query {query.shape}."
+        )
+    if (not paged and cache.key.shape[0] != B) or cache.key.shape[3] != D:
+        raise ValueError(
+            f"ragged_attention: key must have shape {letters(layout, paged, 'D')} with "
+            f"{'D' if paged else 'B and D'} of query; got key {cache.key.shape} for query "
+            f"{query.shape}.{_transposed(cache, layout)}"
+        )
+    counted, _ = sizes(cache, layout)
+    rows_of = cache.page_table.shape[1] if paged else 1
+    if isinstance(counted, int) and isinstance(rows_of, int) and counted * rows_of >= 2**31:
+        raise ValueError(
+            "ragged_attention: key must have fewer than 2**31 positions, which int32 counts; "
+            f"got {cache.key.shape}. Attend to parts of it and merge the results with "
+            "merge_partials."
+        )
+    if cache.value.shape[:3] != cache.key.shape[:3]:
+        raise ValueError(
+            f"ragged_attention: value must have shape {letters(layout, paged, 'Dv')} with "
+            f"{'P, T' if paged else 'B, S'} and Hkv of key; got value {cache.value.shape} for key "
+            f"{cache.key.shape}."
+        )
+    _, Hkv = sizes(cache, layout)
+    Hq = query.shape[-2]
+    if Hkv == 0 or Hq % Hkv != 0:
+        raise ValueError(
+            "ragged_attention: the heads of query must be a multiple of those of key; "
+            f"got Hq = {Hq} for Hkv = {Hkv} in key {letters(layout, paged, 'D')} = "
+            f"{cache.key.shape}.{_transposed(cache, layout, Hq)}"
+        )
+    for name in ("key_scale", "value_scale"):
+        scale = getattr(cache, name)
+        if scale is not None and not _broadcasts(scale.shape, cache.key.shape[:3]):
+            raise ValueError(
+                f"ragged_attention: {name} must broadcast against "
+                f"{letters(layout, paged, '')[:-3]}] = {cache.key.shape[:3]}; got {scale.shape}. "
+                "Pass a scalar, one scale for each head, or one for each token and head."
+            )
+
+
+def _transposed(cache: Cache, layout: CacheLayout, Hq: int | None = None) -> str:
+    """Advice where the cache would fit in the other layout."""
+    heads = cache.key.shape[2 if layout == "BHSD" else 1]
+    other = "BSHD" if layout == "BHSD" else "BHSD"
+    fits = Hq is not None and heads > 0 and Hq % heads == 0
+    return f" Pass cache_layout={other!r} for heads before positions." if fits else ""
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    padded = (1,) * (len(to) - len(shape)) + shape
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(padded, to, strict=True))
+
+
+def canonical(cache: Cache, rank: int, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """The operands of the primitive with rank leading dimensions, by name; None is left out."""
+    paged = cache.page_table is not None
+    operands = {}
+    for name, x in cache._asdict().items():
+        if x is None:
+            continue
+        if name.endswith("_scale"):
+            x = jnp.asarray(x, statistics_dtype(dtype))
+            x = x.reshape((1,) * (3 - x.ndim) + x.shape)
+        elif name == "page_table":
+            x = x.astype(jnp.int32)
+        # A pool, which all rows share, has 1 for every leading dimension; a cache has B, and 1
+        # for the queries of a row.
+        pool = paged and name != "page_table"
+        operands[name] = jnp.expand_dims(x, tuple(range(rank)) if pool else tuple(range(1, rank)))
+    return operands
+
+
+def quantize_cache(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Quantises keys or values with a scale for each token and head.
+
+    The scale brings the largest element of a head to the largest number of dtype. Pass the two
+    results as `key` and `key_scale`, or as `value` and `value_scale`.
+
+    Args:
+      x: [..., D], such as the keys of new tokens [B, Hkv, D] or a whole cache [B, S, Hkv, D].
+      dtype: int8, float8_e4m3fn or float8_e5m2.
+
+    Returns:
+      The values [..., D] in dtype, and the scale [...] in float32 (float64 for float64), such
+      that `values * scale[..., None]` is near x. A head of zeros has the scale 0.
+
+    Raises:
+      TypeError: if x is not of a float dtype, or dtype is none of the three.
+    """
+    if jnp.dtype(dtype) not in NARROW:
+        raise TypeError(
+            f"quantize_cache: dtype must be one of {_NARROW_NAMES}; got {jnp.dtype(dtype)}."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"quantize_cache: x must have a float dtype; got {x.dtype}. Quantise the keys or "
+            "values themselves."
+        )
+    wide = x.astype(statistics_dtype(x.dtype))
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    most = jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max
+    scale = jnp.abs(wide).max(axis=-1) / jnp.asarray(most, wide.dtype)
+    safe = jnp.where(scale > 0, scale, 1)
+    scaled = wide / safe[..., None]
+    return (jnp.round(scaled) if integer else scaled).astype(dtype), scale

@@ -1,0 +1,633 @@
+"""Caches that servers keep: paged, heads first, quantised, and combinations of these."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oracle
+from cases import FLOAT32, Case, assert_close, tiered, tolerance
+from jax_ragged import costs, quantize_cache, ragged_attention
+
+NARROW = ("int8", "float8_e4m3fn", "float8_e5m2")
+GQA = Case("caches", (37, 8, 0, 33), (0, 7, 3, 20), Hq=4, Hkv=2, S=40, D=16, Dv=24)
+QUERIES = Case("caches_queries", ((37, 36, 0), (4, 5, 9)), ((0, 30, 7), (4, 3, 0)), Q=3, S=40)
+# Of the values themselves, quantised, so that nothing but the arithmetic differs.
+CAPPED = dataclasses.replace(GQA, name="caches_cap", logits_soft_cap=2.0, softmax_scale=0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One form of a cache.
+
+    Attributes:
+      page: positions of a page, or None for a cache that is not paged.
+      layout: the argument cache_layout.
+      dtype: of key and value, or None for that of query.
+      block_size: the argument block_size.
+    """
+
+    page: int | None = None
+    layout: str = "BSHD"
+    dtype: str | None = None
+    block_size: int | None = 8
+
+    def __str__(self) -> str:
+        return f"{self.page or 'dense'}-{self.layout}-{self.dtype or 'own'}-{self.block_size}"
+
+
+FORMS = [
+    *(Form(page, layout, dtype) for page, layout, dtype in itertools.product(
+        (None, 8, 5), ("BSHD", "BHSD"), (None, *NARROW)
+    ) if (page, layout, dtype) != (None, "BSHD", None)),
+    Form(page=1),
+    Form(page=40),
+    Form(page=3, block_size=16),
+    Form(page=16, block_size=4),
+    Form(page=8, dtype="int8", block_size=None),
+]  # fmt: skip
+
+
+class Drawn:
+    """Operands of a case in a form, and the dense cache in float64 that they stand for."""
+
+    def __init__(self, case: Case, form: Form, seed: int = 0) -> None:
+        rng = np.random.default_rng([seed, *str(form).encode()])
+        operands = case.operands(seed)
+        self.case, self.form = case, form
+        self.query, self.lengths, self.starts = operands.query, operands.lengths, operands.starts
+        self.keywords: dict[str, Any] = {**case.params, "cache_layout": form.layout}
+        self.keywords["block_size"] = form.block_size
+        caches = {"key": operands.key, "value": operands.value}
+        used = oracle.inside(operands.query, case.S, operands.lengths, operands.starts)
+        dense: dict[str, Any] = {}
+        parts: dict[str, Any] = {}
+        for name, x in caches.items():
+            if form.dtype is None:
+                parts[name], dense[name] = x, np.asarray(x, np.float64)
+            else:
+                values, scale = map(np.asarray, quantize_cache(jnp.asarray(x), form.dtype))
+                parts[name], parts[f"{name}_scale"] = values, scale
+                dense[name] = values.astype(np.float64) * scale.astype(np.float64)[..., None]
+        # What lies outside of every window is poison, where the dtype has any.
+        for name, x in parts.items():
+            if x.dtype != np.int8:
+                outside = ~used.reshape(*used.shape, *[1] * (x.ndim - 2))
+                parts[name] = np.where(outside, np.asarray(np.nan, x.dtype), x)
+        if form.page is not None:
+            parts, table = self._paged(parts, used, form.page, rng)
+            self.keywords["page_table"] = table
+        if form.layout == "BHSD":
+            parts = {name: x.swapaxes(1, 2) for name, x in parts.items()}
+        self.key, self.value = parts.pop("key"), parts.pop("value")
+        self.keywords |= parts
+        self.dense = dense["key"], dense["value"]
+
+    def _paged(self, parts: Any, used: Any, T: int, rng: Any) -> Any:
+        """Pools with the pages of all rows in random order, and the table.
+
+        Entries of pages that no window touches are garbage, and pools hold unused pages of NaN.
+        """
+        B, S = used.shape
+        W = -(-S // T)
+        P = B * W + 2
+        order = rng.permutation(P)[: B * W].reshape(B, W)
+        pools = {}
+        for name, x in parts.items():
+            fill = 0 if x.dtype == np.int8 else np.nan
+            padded = np.full((B, W * T, *x.shape[2:]), fill, x.dtype)
+            padded[:, :S] = x
+            pool = np.full((P, T, *x.shape[2:]), fill, x.dtype)
+            pool[order] = padded.reshape(B, W, T, *x.shape[2:])
+            pools[name] = pool
+        touched = np.pad(used, ((0, 0), (0, W * T - S))).reshape(B, W, T).any(axis=2)
+        garbage = rng.choice([-1, P, 2**31 - 1, -(2**31), 0], size=(B, W))
+        return pools, np.where(touched, order, garbage).astype(np.int32)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments."""
+        return self.query, self.key, self.value, self.lengths, self.starts
+
+    def call(self, **more: Any) -> Any:
+        """The call."""
+        return ragged_attention(*self.args, **(self.keywords | more))
+
+    def expected(self) -> oracle.Results:
+        """The oracle's results on the dense cache."""
+        return oracle.attention(
+            self.query, *self.dense, self.lengths, self.starts, **self.case.definition
+        )
+
+    def expected_gradients(self) -> oracle.Gradients:
+        """The oracle's gradients of sum(sin(out)), those of key and value dense."""
+        cotangents = (np.cos(self.expected().out), None, None)
+        key, value = self.dense
+        return oracle.vjp(
+            self.query, key, value, self.lengths, self.starts, cotangents, **self.case.definition
+        )
+
+    def assert_results(self, actual: Any) -> None:
+        """Asserts that results are those of the dense cache, by the tolerance of query's dtype."""
+        expected = self.expected()
+        values = np.abs(self.dense[1]).max()
+        assert_close(actual.out, expected.out, tolerance(self.case), scale=values, name="out")
+        tol = tolerance(self.case, narrow=False)
+        for name in ("max_logits", "denominator"):
+            got, want = np.asarray(getattr(actual, name)), getattr(expected, name)
+            empty = np.asarray(expected.denominator) == 0
+            np.testing.assert_array_equal(got[empty], want[empty].astype(got.dtype))
+            assert_close(np.where(empty, 0, got), np.where(empty, 0, want), tol, name=name)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def implementation_of(name: str) -> Any:
+    """The argument implementation."""
+    return "kernel" if name == "cpu" else "reference"
+
+
+def _chosen(name: str) -> Any:
+    return {"implementation": implementation_of(name)}
+
+
+# In the default tier, the forms of which every pair of properties occurs.
+FEW = [
+    Form(8, "BHSD", "int8"),
+    Form(5),
+    Form(None, "BHSD", "float8_e5m2"),
+    Form(8, "BSHD", "float8_e4m3fn"),
+    Form(3, block_size=16),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    tiered(itertools.product((GQA, QUERIES), FORMS), [(GQA, form) for form in FEW]),
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_values(case: Case, form: Form, implementation: str) -> None:
+    drawn = Drawn(case, form)
+    drawn.assert_results(drawn.call(**_chosen(implementation)))
+
+
+@pytest.mark.parametrize("form", [Form(8, "BHSD", "int8"), Form(5)], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_queries(dtype: str, form: Form, implementation: str) -> None:
+    drawn = Drawn(dataclasses.replace(CAPPED, dtype=dtype), form)
+    drawn.assert_results(drawn.call(**_chosen(implementation)))
+
+
+@pytest.mark.parametrize("form", tiered(FORMS, FEW[:2]), ids=str)
+def test_gradient_of_query(form: Form, implementation: str) -> None:
+    """It is the dense one; the kernel writes nothing of the size of the cache."""
+    drawn = Drawn(CAPPED, form)
+    _, *rest = drawn.args
+
+    def loss(query: Any) -> Any:
+        keywords = drawn.keywords | _chosen(implementation)
+        return jnp.sin(ragged_attention(query, *rest, **keywords).out).sum()
+
+    bars = drawn.expected_gradients()
+    # Twice the tolerance of a result, as for all derivatives: see test_conformance.
+    assert_close(jax.grad(loss)(drawn.query), bars.query, 2 * tolerance(drawn.case))
+
+
+@pytest.mark.parametrize("form", [Form(8), Form(5, "BHSD"), Form(None, "BHSD")], ids=str)
+def test_gradients_of_the_cache(form: Form) -> None:
+    """A page that rows share gets the sum of its rows' gradients; nothing leaks."""
+    drawn = Drawn(CAPPED, form)
+    query, key, value, *windows = drawn.args
+
+    def loss(key: Any, value: Any) -> Any:
+        return jnp.sin(ragged_attention(query, key, value, *windows, **drawn.keywords).out).sum()
+
+    k_bar, v_bar = jax.grad(loss, (0, 1))(key, value)
+    bars = drawn.expected_gradients()
+    for got, pool, want in ((k_bar, key, bars.key), (v_bar, value, bars.value)):
+        assert np.isfinite(got).all()
+        assert got.shape == pool.shape
+        dense = np.asarray(got) if form.layout == "BSHD" else np.asarray(got).swapaxes(1, 2)
+        if form.page is not None:
+            table = np.clip(drawn.keywords["page_table"], 0, len(dense) - 1)
+            used = oracle.inside(query, drawn.case.S, *windows)
+            dense = dense[table].reshape(len(table), -1, *dense.shape[2:])[:, : drawn.case.S]
+            dense = np.where(used[:, :, None, None], dense, 0)
+        assert_close(dense, want, 2 * tolerance(drawn.case))
+
+
+def test_gradient_of_a_shared_page() -> None:
+    """Two rows with the same pages: the pool's gradient is that of a cache which they share."""
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.standard_normal((2, 4, 8)), "float32")
+    pool = jnp.asarray(rng.standard_normal((3, 4, 2, 8)), "float32")
+    table = jnp.array([[2, 0], [2, 0]])
+    lengths = jnp.array([7, 5])
+
+    def paged(pool: Any) -> Any:
+        return jnp.sin(ragged_attention(query, pool, pool, lengths, page_table=table).out).sum()
+
+    def dense(pool: Any) -> Any:
+        cache = pool[jnp.array([2, 0])].reshape(1, 8, 2, 8)
+        cache = jnp.broadcast_to(cache, (2, 8, 2, 8))
+        return jnp.sin(ragged_attention(query, cache, cache, lengths).out).sum()
+
+    assert_close(jax.grad(paged)(pool), jax.grad(dense)(pool), 1e-5)
+    assert not np.asarray(jax.grad(paged)(pool)[1]).any()
+
+
+def test_gradients_of_scales() -> None:
+    drawn = Drawn(CAPPED, Form(8, "BSHD", "int8"))
+    scales = {n: drawn.keywords[n] for n in ("key_scale", "value_scale")}
+
+    def loss(scales: Any) -> Any:
+        return jnp.sin(drawn.call(**scales).out).sum()
+
+    def dense_loss(scales: Any) -> Any:
+        table = np.clip(drawn.keywords["page_table"], 0, len(drawn.key) - 1)
+        used = oracle.inside(drawn.query, drawn.case.S, drawn.lengths, drawn.starts)
+
+        def dense(x: Any, scale: Any) -> Any:
+            x = x.astype(jnp.float32)[table] * scale[table][..., None]
+            x = x.reshape(len(table), -1, *x.shape[3:])
+            return jnp.where(used[..., None, None], x, 0)
+
+        key, value = (dense(getattr(drawn, n), scales[f"{n}_scale"]) for n in ("key", "value"))
+        windows = drawn.lengths, drawn.starts
+        results = ragged_attention(drawn.query, key, value, *windows, **drawn.case.params)
+        return jnp.sin(results.out).sum()
+
+    finite = {name: np.nan_to_num(x) for name, x in scales.items()}
+    grads, expected = jax.grad(loss)(scales), jax.grad(dense_loss)(finite)
+    for name, want in expected.items():
+        assert np.isfinite(grads[name]).all()
+        assert_close(grads[name], want, 1e-5, name=name)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (40, 1), (4, 1, 2)])
+def test_scales_that_are_shared(shape: tuple[int, ...], implementation: str) -> None:
+    """One for all, one for each head, one for each position, one for each row and head."""
+    drawn = Drawn(GQA, Form(None, "BSHD", "int8"))
+    scale = np.random.default_rng(0).uniform(0.01, 0.02, shape).astype("float32")
+    got = drawn.call(key_scale=scale, value_scale=scale, **_chosen(implementation))
+    full = np.broadcast_to(scale, (4, 40, 2))[..., None].astype(np.float64)
+    drawn.dense = drawn.key * full, drawn.value * full
+    drawn.assert_results(got)
+
+
+class TestVmap:
+    """One equation, whatever is mapped; a pool that is not mapped is never copied."""
+
+    def test_of_tables_over_one_pool(self, implementation: str) -> None:
+        drawn = Drawn(GQA, Form(8))
+        tables = np.stack([drawn.keywords["page_table"], drawn.keywords["page_table"][::-1]])
+        lengths = np.stack([drawn.lengths, drawn.lengths[::-1]])
+        starts = np.stack([drawn.starts, drawn.starts[::-1]])
+        query = np.stack([drawn.query, drawn.query[::-1]])
+
+        def attend(query: Any, lengths: Any, starts: Any, table: Any) -> Any:
+            keywords = drawn.keywords | {"page_table": table} | _chosen(implementation)
+            return ragged_attention(query, drawn.key, drawn.value, lengths, starts, **keywords)
+
+        mapped = jax.vmap(attend)
+        results = mapped(query, lengths, starts, tables)
+        for i, step in enumerate((1, -1)):
+            drawn.assert_results(jax.tree.map(lambda x, i=i, s=step: x[i][::s], results))
+        jaxpr = jax.make_jaxpr(mapped)(query, lengths, starts, tables)
+        (eqn,) = [e for e in jaxpr.eqns if e.primitive.name == "ragged_attention"]
+        assert eqn.invars[1].aval.size == drawn.key.size
+
+    def test_of_a_pool(self, implementation: str) -> None:
+        """Pools with tables of their own join their pages."""
+        drawn = [Drawn(GQA, Form(8), seed) for seed in (0, 1)]
+
+        def attend(query: Any, key: Any, value: Any, table: Any) -> Any:
+            keywords = drawn[0].keywords | {"page_table": table} | _chosen(implementation)
+            windows = drawn[0].lengths, drawn[0].starts
+            return ragged_attention(query, key, value, *windows, **keywords)
+
+        query, key, value = (np.stack([d.args[i] for d in drawn]) for i in range(3))
+        tables = np.stack([d.keywords["page_table"] for d in drawn])
+        results = jax.vmap(attend)(query, key, value, tables)
+        for i, one in enumerate(drawn):
+            one.assert_results(jax.tree.map(lambda x, i=i: x[i], results))
+
+    def test_gradients_by_example(self) -> None:
+        """A gradient of a pool for each example of a vmap that shares it."""
+        drawn = Drawn(CAPPED, Form(8))
+        queries = np.stack([drawn.query, 2 * drawn.query])
+
+        def loss(query: Any, key: Any) -> Any:
+            rest = drawn.value, drawn.lengths, drawn.starts
+            return jnp.sin(ragged_attention(query, key, *rest, **drawn.keywords).out).sum()
+
+        grads = jax.vmap(jax.grad(loss, 1), (0, None))(queries, drawn.key)
+        for query, grad in zip(queries, grads, strict=True):
+            assert_close(grad, jax.grad(loss, 1)(query, drawn.key), 1e-6)
+        total = jax.grad(lambda key: sum(loss(q, key) for q in queries))(drawn.key)
+        of_sum = jax.grad(lambda key: jax.vmap(loss, (0, None))(queries, key).sum())(drawn.key)
+        assert_close(of_sum, total, 1e-6)
+
+    def test_of_scales(self, implementation: str) -> None:
+        drawn = Drawn(GQA, Form(8, "BSHD", "int8"))
+        scales = np.stack([drawn.keywords["key_scale"], 2 * drawn.keywords["key_scale"]])
+        mapped = jax.vmap(lambda s: drawn.call(key_scale=s, **_chosen(implementation)))(scales)
+        for i, scale in enumerate(scales):
+            one = drawn.call(key_scale=scale, **_chosen(implementation))
+            jax.tree.map(
+                np.testing.assert_array_equal, jax.tree.map(lambda x, i=i: x[i], mapped), one
+            )
+
+
+class TestQuantize:
+    @pytest.mark.parametrize(
+        ("dtype", "step"), [("int8", 0.5 / 127), ("float8_e4m3fn", 2**-4), ("float8_e5m2", 2**-3)]
+    )
+    def test_error(self, dtype: str, step: float) -> None:
+        """Half a unit of int8, or a rounding of an 8-bit float, of a head's largest element."""
+        x = np.random.default_rng(0).standard_normal((3, 5, 2, 16)).astype("float32")
+        values, scale = quantize_cache(jnp.asarray(x), dtype)
+        assert values.dtype == jnp.dtype(dtype)
+        assert scale.shape == x.shape[:-1]
+        back = np.asarray(values, np.float64) * np.asarray(scale, np.float64)[..., None]
+        bound = step * np.abs(x).max(axis=-1, keepdims=True)
+        assert (np.abs(back - x) <= bound * (1 + 1e-6)).all()
+
+    def test_zeros(self) -> None:
+        values, scale = quantize_cache(jnp.zeros((2, 4)), "int8")
+        assert not values.any()
+        assert not scale.any()
+
+    def test_errors(self) -> None:
+        with pytest.raises(
+            TypeError, match=r"^quantize_cache: dtype must be one of int8.*got int16"
+        ):
+            quantize_cache(jnp.zeros((2, 4)), "int16")
+        with pytest.raises(
+            TypeError, match=r"^quantize_cache: x must have a float dtype; got int32"
+        ):
+            quantize_cache(jnp.zeros((2, 4), "int32"), "int8")
+
+
+class TestStackOfLayers:
+    """The layers of a model in one stack, carried through lax.scan and read as pages."""
+
+    L, B, S, Hkv, D = 3, 2, 64, 2, 8
+
+    def _operands(self) -> tuple[Any, ...]:
+        rng = np.random.default_rng(0)
+        stacks = rng.standard_normal((2, self.L, self.B, self.S, self.Hkv, self.D))
+        query, new = rng.standard_normal((2, self.B, self.Hkv, self.D))
+        keys, values, query, new = (jnp.asarray(x, "float32") for x in (*stacks, query, new))
+        return keys, values, query, new, jnp.array([5, 60])
+
+    def _carried(self, keys: Any, values: Any, query: Any, new: Any, lengths: Any) -> Any:
+        """A page of S positions for each layer and row: nothing is sliced out of the stack."""
+        row = jnp.arange(self.B)
+
+        def layer(carry: Any, i: Any) -> Any:
+            keys, values, x = carry
+            keys, values = (c.at[i, row, lengths].set(new) for c in (keys, values))
+            pools = (c.reshape(self.L * self.B, *c.shape[2:]) for c in (keys, values))
+            table = (i * self.B + row)[:, None]
+            keywords: dict[str, Any] = {"page_table": table, "block_size": 16}
+            x = ragged_attention(x, next(pools), next(pools), lengths + 1, **keywords).out
+            return (keys, values, x), None
+
+        return jax.lax.scan(layer, (keys, values, query), jnp.arange(self.L))[0]
+
+    def _scanned(self, keys: Any, values: Any, query: Any, new: Any, lengths: Any) -> Any:
+        """The stack as xs and ys: every layer's cache is sliced out of it and written back."""
+        row = jnp.arange(self.B)
+
+        def layer(x: Any, caches: Any) -> Any:
+            keys, values = (c.at[row, lengths].set(new) for c in caches)
+            return ragged_attention(x, keys, values, lengths + 1, block_size=16).out, (keys, values)
+
+        x, (keys, values) = jax.lax.scan(layer, query, (keys, values))
+        return keys, values, x
+
+    def test_values(self) -> None:
+        operands = self._operands()
+        jax.tree.map(
+            lambda x, y: assert_close(x, y, 1e-6),
+            jax.jit(self._carried)(*operands),
+            jax.jit(self._scanned)(*operands),
+        )
+
+    @pytest.mark.optimized
+    def test_no_layer_is_copied(self) -> None:
+        operands = self._operands()
+        one_layer = operands[0][0].nbytes
+
+        def temporary(step: Any) -> int:
+            donated = jax.jit(step, donate_argnums=(0, 1))
+            analysis = donated.lower(*operands).compile().memory_analysis()
+            assert analysis is not None
+            return int(analysis.temp_size_in_bytes)
+
+        assert temporary(self._carried) < one_layer
+        assert temporary(self._scanned) >= 2 * one_layer
+
+
+def _call(**changes: Any) -> Any:
+    """A call that works, with changes."""
+    arguments: dict[str, Any] = {
+        "query": jnp.zeros((2, 4, 8)),
+        "key": jnp.zeros((5, 3, 2, 8)),
+        "value": jnp.zeros((5, 3, 2, 6)),
+        "lengths": jnp.array([5, 3]),
+        "page_table": jnp.zeros((2, 2), "int32"),
+    }
+    return ragged_attention(**{k: v for k, v in (arguments | changes).items() if v is not None})
+
+
+def test_call_that_the_errors_start_from() -> None:
+    assert _call().out.shape == (2, 4, 6)
+
+
+_INT8 = {"key": jnp.zeros((5, 3, 2, 8), "int8"), "value": jnp.zeros((5, 3, 2, 6), "int8")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"page_table": jnp.zeros(2, "int32")},
+            ValueError,
+            r"page_table must have shape \[B, W\].*got \(2,\)",
+        ),
+        (
+            {"page_table": jnp.zeros((3, 2), "int32")},
+            ValueError,
+            r"page_table must have shape \[B, W\].*with B of query; got \(3, 2\)",
+        ),
+        (
+            {"page_table": jnp.zeros((2, 2))},
+            TypeError,
+            "page_table must have an integer dtype; got float32",
+        ),
+        (
+            {"key": jnp.zeros((5, 2, 8))},
+            ValueError,
+            r"key must have shape \[P, T, Hkv, D\]; got \(5, 2, 8\)",
+        ),
+        ({"page_table": None}, ValueError, r"key must have shape \[B, S, Hkv, D\] with B and D"),
+        (
+            {"value": jnp.zeros((4, 3, 2, 6))},
+            ValueError,
+            r"value must have shape \[P, T, Hkv, Dv\]",
+        ),
+        ({"cache_layout": "SBHD"}, ValueError, "cache_layout must be 'BSHD'.*got 'SBHD'"),
+        (
+            {"key": jnp.zeros((5, 2, 3, 8)), "value": jnp.zeros((5, 2, 3, 6))},
+            ValueError,
+            "heads of query must be a multiple.*Pass cache_layout='BHSD'",
+        ),
+        (_INT8, TypeError, "key in int8 must come with key_scale.*quantize_cache"),
+        ({"key_scale": 1.0}, TypeError, "key_scale must come with a quantised key.*float32"),
+        (
+            _INT8 | {"key_scale": 1, "value_scale": 1.0},
+            TypeError,
+            "key_scale must have a float dtype; got int32",
+        ),
+        (
+            _INT8 | {"key_scale": jnp.ones(3), "value_scale": 1.0},
+            ValueError,
+            r"key_scale must broadcast against \[P, T, Hkv\] = \(5, 3, 2\); got \(3,\)",
+        ),
+        (
+            {"key": jnp.zeros((5, 3, 2, 8), "int16")},
+            TypeError,
+            "key must have the dtype of query or, quantised, one of int8",
+        ),
+    ],
+)
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^ragged_attention: .*{message}"):
+        _call(**changes)
+
+
+def test_costs_names_a_copy_of_the_cache() -> None:
+    """Nothing is copied of a cache that is passed as it lies; see the two that follow."""
+    query, key, lengths = jnp.zeros((2, 4, 8)), jnp.zeros((2, 16, 2, 8)), jnp.array([3, 4])
+    found = costs(lambda q, k: ragged_attention(q, k, k, lengths), query, key)
+    assert not found.equations[0].copies
+    assert "copied" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("make", "operation"),
+    [
+        (lambda key: key.swapaxes(1, 2), "transpose"),
+        (lambda key: key[1], "slice"),
+        (lambda key: key[jnp.array([1, 0])], "gather"),
+        (lambda key: key.astype("float32"), "convert_element_type"),
+        (lambda key: key.astype("float32") * 2.0, "mul"),
+        (lambda key: jax.jit(lambda x: x.swapaxes(1, 2))(key)[None][0], "transpose"),
+    ],
+)
+def test_costs_names_the_operation(make: Any, operation: str) -> None:
+    shape = {"slice": (2, 2, 16, 2, 8), "transpose": (2, 2, 16, 8)}.get(operation, (2, 16, 2, 8))
+    cast = operation in ("convert_element_type", "mul")
+    key = jnp.zeros(shape, "bfloat16" if cast else "float32")
+    lengths = jnp.array([3, 4])
+
+    def call(query: Any, key: Any) -> Any:
+        key = make(key)
+        return ragged_attention(query, key, key, lengths)
+
+    (eqn,) = costs(call, jnp.zeros((2, 4, 8)), key).equations
+    assert {n: c.operation for n, c in eqn.copies.items()} == dict.fromkeys(
+        ("key", "value"), operation
+    )
+    assert eqn.copies["key"].bytes == 2 * 16 * 2 * 8 * 4
+
+
+def test_costs_names_a_scan() -> None:
+    stack, lengths = jnp.zeros((3, 2, 16, 2, 8)), jnp.array([3, 4])
+
+    def layers(query: Any, stack: Any) -> Any:
+        body = lambda x, cache: (ragged_attention(x, cache, cache, lengths).out, None)  # noqa: E731
+        return jax.lax.scan(body, query, stack)[0]
+
+    found = costs(layers, jnp.zeros((2, 4, 8)), stack)
+    assert found.equations[0].copies["key"].operation == "scan"
+    assert "key is copied in front of it by scan, 2 KiB a trip" in str(found)
+
+
+class TestSinks:
+    """One more logit for each head, with the value 0."""
+
+    @staticmethod
+    def _expected(case: Case, operands: Any, sinks: Any) -> oracle.Results:
+        """The oracle's results with the sink as one more position, which every window has."""
+        out, m, denominator = case.expected(operands)
+        total = denominator * np.exp(np.where(denominator > 0, m - sinks, -np.inf)) + 1
+        largest = np.where(denominator > 0, np.maximum(m, sinks), sinks + 0 * m)
+        return oracle.Results(
+            out * (1 - 1 / total)[..., None], largest, total * np.exp(sinks - largest)
+        )
+
+    @pytest.mark.parametrize("case", [GQA, QUERIES, CAPPED], ids=lambda case: case.name)
+    def test_values(self, case: Case, implementation: str) -> None:
+        operands = case.operands()
+        sinks = jnp.array([0.5, -2.0, 3.0, 0.0])
+        results = ragged_attention(
+            *operands, sinks=sinks, **case.params, implementation=implementation_of(implementation)
+        )
+        expected = self._expected(case, operands, np.asarray(sinks, np.float64))
+        for name, got, want in zip(expected._fields, results, expected, strict=True):
+            assert_close(got, want, FLOAT32, scale=1 + np.abs(want).max(), name=name)
+
+    def test_none_for_a_head(self) -> None:
+        """-inf is no sink, to the bit."""
+        operands = GQA.operands()
+        sinks = jnp.full(4, -jnp.inf)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            ragged_attention(*operands, sinks=sinks),
+            ragged_attention(*operands),
+        )
+
+    def test_gradients(self) -> None:
+        """As of one more position whose key gives the sink's logit and whose value is 0."""
+        query, key, value, lengths, _ = GQA.operands()
+        sinks = jnp.array([0.5, -2.0, 3.0, 0.0])
+
+        def loss(query: Any, value: Any, sinks: Any) -> Any:
+            return jnp.sin(ragged_attention(query, key, value, lengths, sinks=sinks).out).sum()
+
+        def dense(query: Any, value: Any, sinks: Any) -> Any:
+            k, v = (jnp.repeat(x, 2, axis=2) for x in (jnp.asarray(key), value))
+            z = jnp.einsum("bhd,bshd->bhs", query, k)
+            inside = np.arange(GQA.S) < lengths[:, None, None]
+            sink = jnp.broadcast_to(sinks[:, None], (4, 4, 1))
+            z = jnp.concatenate([jnp.where(inside, z, -jnp.inf), sink], axis=2)
+            out = jnp.einsum("bhs,bshe->bhe", jax.nn.softmax(z)[..., :-1], v)
+            return jnp.sin(out).sum()
+
+        got = jax.grad(loss, (0, 1, 2))(query, value, sinks)
+        want = jax.grad(dense, (0, 1, 2))(query, value, sinks)
+        for x, y in zip(got, want, strict=True):
+            assert_close(x, y, 1e-5)
+
+    def test_rounded_once(self) -> None:
+        case = dataclasses.replace(GQA, dtype="bfloat16")
+        operands, sinks = case.operands(), jnp.zeros(4)
+        out = ragged_attention(*operands, sinks=sinks).out
+        wide = ragged_attention(*operands, sinks=sinks, out_dtype="float32").out
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))
+
+    @pytest.mark.parametrize("sinks", [jnp.zeros(3), jnp.zeros((1, 4)), jnp.zeros(4, "int32")])
+    def test_errors(self, sinks: Any) -> None:
+        with pytest.raises(ValueError, match=r"^ragged_attention: sinks must have shape \[Hq\]"):
+            ragged_attention(*GQA.operands(), sinks=sinks)
