@@ -69,12 +69,30 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: Config, pages: int, page_size: int, dtype: str) -> Cache:
-    """Zeros; int8 and 8-bit floats come with a scale for each token and head."""
+    """Zeros; int8 and 8-bit floats come with a scale for each token and head.
+
+    XLA for CPUs widens a whole pool of bfloat16 or of 8-bit floats to write to it. There they are
+    kept as integers of the same bits, and `step` reads them a layer at a time.
+    """
     shape = (config.layers * pages, page_size, config.key_heads, config.head_dim)
-    narrow = jnp.dtype(dtype).itemsize == 1
-    key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    stored = kept = jnp.dtype(dtype)
+    if jax.default_backend() == "cpu" and dtype not in ("float32", "int8"):
+        kept = jnp.dtype(f"uint{8 * stored.itemsize}")
+    key, value = jnp.zeros(shape, kept), jnp.zeros(shape, kept)
+    narrow = stored.itemsize == 1
     scales = (jnp.zeros(shape[:-1]), jnp.zeros(shape[:-1])) if narrow else (None, None)
     return Cache(key, value, *scales)
+
+
+def layer_of(cache: Cache, i: Array, layers: int, dtype: str) -> Cache:
+    """The pages of layer i, copied, as what their bits stand for."""
+    pages = cache.key.shape[0] // layers
+
+    def own(x: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, i * pages, pages)
+
+    scales = (None if x is None else own(x) for x in cache[2:])
+    return Cache(own(cache.key).view(dtype), own(cache.value).view(dtype), *scales)
 
 
 # (query [B, Q, H, D], cache, page_table [B, W] of this layer, lengths [B, Q]) to [B, Q, H, D].
@@ -144,7 +162,7 @@ def logits_of(x: Array, weights: Weights, config: Config) -> Array:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "attention", "every"), donate_argnames="cache"
+    jax.jit, static_argnames=("config", "dtype", "attention", "every"), donate_argnames="cache"
 )
 def step(
     weights: Weights,
@@ -155,6 +173,7 @@ def step(
     page_table: Array,
     *,
     config: Config,
+    dtype: str,
     attention: Attention = ragged,
     every: bool = False,
 ) -> tuple[Cache, Array]:
@@ -170,6 +189,7 @@ def step(
       counts: see `tokens`.
       page_table: [B, W], the pages of each row.
       config: sizes of the model.
+      dtype: of the cache, as `empty_cache` was given it.
       attention: `ragged` or `dense`.
       every: whether the logits after each token are wanted, not after the last alone.
 
@@ -180,15 +200,20 @@ def step(
     there = jnp.arange(Q) < counts[:, None]
     positions = jnp.where(there, first[:, None] + jnp.arange(Q), 0)
     lengths = jnp.where(there, positions + 1, 0)
+    # A token that is not there is written to a page behind the last: the update is dropped.
     page = jnp.take_along_axis(page_table, positions // T, axis=1)
+    page = jnp.where(there, page, config.layers * pages)
 
     def body(carry: tuple[Array, Cache], xs: tuple[Layer, Array]) -> Any:
         (x, cache), (layer, i) = carry, xs
 
         def attend(query: Array, key: Array, value: Array) -> Array:
             nonlocal cache
-            cache = write(cache, (page + i * pages, positions % T, there), key, value)
-            return attention(query, cache, page_table + i * pages, lengths)
+            cache = write(cache, (page + i * pages, positions % T), key, value, dtype)
+            if cache.key.dtype == dtype:
+                return attention(query, cache, page_table + i * pages, lengths)
+            own = layer_of(cache, i, config.layers, dtype)
+            return attention(query, own, page_table, lengths)
 
         x = block(x, layer, attend, positions, weights.frequencies, config)
         return (x, cache), None
@@ -201,45 +226,23 @@ def step(
     return cache, logits_of(last, weights, config)
 
 
-def write(cache: Cache, at: tuple[Array, Array, Array], key: Array, value: Array) -> Cache:
-    """Puts key and value [B, Q, K, D] where `at` says, in the form of the cache.
+def write(cache: Cache, at: tuple[Array, Array], key: Array, value: Array, dtype: str) -> Cache:
+    """Puts key and value [B, Q, K, D] at (page, offset) [B, Q]; a page behind the last is none."""
 
-    at: pages, offsets and whether a token is there, each [B, Q]; one that is not writes nothing.
-    """
-    put = functools.partial(jax.lax.platform_dependent, *at, cpu=_put_each, default=_put_all)
+    def put(pool: Array, x: Array) -> Array:
+        return pool.at[at].set(x.view(pool.dtype), mode="drop")
+
     if cache.key_scale is None or cache.value_scale is None:
+        key, value = key.astype(dtype), value.astype(dtype)
         return Cache(put(cache.key, key), put(cache.value, value), None, None)
-    key, key_scale = quantize_cache(key, cache.key.dtype)
-    value, value_scale = quantize_cache(value, cache.value.dtype)
+    key, key_scale = quantize_cache(key, dtype)
+    value, value_scale = quantize_cache(value, dtype)
     return Cache(
         put(cache.key, key),
         put(cache.value, value),
         put(cache.key_scale, key_scale),
         put(cache.value_scale, value_scale),
     )
-
-
-def _put_all(page: Array, offset: Array, there: Array, pool: Array, x: Array) -> Array:
-    """The pool with x [B, Q, ...] in place: one scatter, which drops a page behind the last."""
-    page = jnp.where(there, page, pool.shape[0])
-    return pool.at[page, offset].set(x.astype(pool.dtype), mode="drop")
-
-
-def _put_each(page: Array, offset: Array, there: Array, pool: Array, x: Array) -> Array:
-    """The same, a token at a time.
-
-    XLA for CPUs widens a whole pool of bfloat16 or of 8-bit floats to scatter into it, and narrows
-    it again. It leaves dynamic_update_slice as it is, and loops over a scatter's tokens too.
-    """
-    x = x.astype(pool.dtype).reshape(-1, 1, 1, *x.shape[2:])
-    page, offset, there = (y.reshape(-1) for y in (page, offset, there))
-
-    def one(i: Array, pool: Array) -> Array:
-        start = (page[i], offset[i], *[0] * (pool.ndim - 2))
-        old = jax.lax.dynamic_slice(pool, start, x.shape[1:])
-        return jax.lax.dynamic_update_slice(pool, jnp.where(there[i], x[i], old), start)
-
-    return jax.lax.fori_loop(0, x.shape[0], one, pool)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -125,6 +125,7 @@ def through_cache(
             np.array([len(text)], np.int32),
             table,
             config=model.config,
+            dtype=dtype,
             every=True,
         )
         begin = len(request.prompt) - 1

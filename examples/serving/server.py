@@ -234,6 +234,7 @@ class Server:
             np.array(counts, np.int32),
             table,
             config=self.model.config,
+            dtype=self.settings.cache,
             attention=self.settings.attention,
         )
         return logits

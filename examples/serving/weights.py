@@ -142,8 +142,7 @@ def _load_gguf(path: pathlib.Path) -> Model:
         unembedding=_device(tensor("output.weight")) if "output.weight" in stored else None,
         frequencies=_device(frequencies),
     )
-    name = field("general.name", path.stem)
-    return Model(name, config, weights, Text.from_gguf(field))
+    return Model(path.stem, config, weights, Text.from_gguf(field))
 
 
 def _load_folder(path: pathlib.Path) -> Model:
