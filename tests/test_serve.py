@@ -236,7 +236,8 @@ class TestPages:
 
     def test_no_page_is_written_by_two(self) -> None:
         rng = np.random.default_rng(0)
-        pages, under_way = Pages(20, 2), []
+        pages = Pages(20, 2)
+        under_way: list[tuple[list[int], list[int]]] = []
         for _ in range(500):
             prompt = rng.integers(0, 2, rng.integers(1, 12)).tolist()
             positions = len(prompt) + int(rng.integers(0, 6))

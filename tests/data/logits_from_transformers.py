@@ -35,8 +35,8 @@ LLAMA3 = {
 
 
 def record(folder: pathlib.Path, tokens: list[int], file: str | None = None) -> dict[str, object]:
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     options = {"gguf_file": file} if file else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -54,7 +54,7 @@ def record(folder: pathlib.Path, tokens: list[int], file: str | None = None) -> 
 
 
 def main(smollm2: pathlib.Path) -> None:
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     found = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     tokens = found(QUESTION, add_special_tokens=False)["input_ids"]
