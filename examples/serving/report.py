@@ -196,11 +196,11 @@ def _print_memory(model: Model, settings: Settings, log: Log) -> None:
     own, wide = (bytes_per_token(model, dtype) for dtype in (settings.cache, "float32"))
     whole = settings.slots * settings.length
     paged = log.most_pages * settings.page_size
+    narrow = "" if settings.cache == "float32" else f", {paged * own / 1e6:.0f} in {settings.cache}"
     print(
         f"\ncache: {settings.slots} slots of {settings.length} positions would be "
         f"{whole * wide / 1e6:.0f} MB in float32; the {log.most_pages} pages of "
-        f"{settings.page_size} that were in use at most are {paged * wide / 1e6:.0f} MB, "
-        f"in {settings.cache} {paged * own / 1e6:.0f} MB"
+        f"{settings.page_size} that were in use at most are {paged * wide / 1e6:.0f} MB{narrow}"
     )
 
 
