@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cases import tiered
-
 pytest.importorskip("tqdm", reason="examples need the extra: pip install -e '.[examples]'")
 
 import train
