@@ -40,11 +40,13 @@ from jax.sharding import (
 
 from benchmarks.tpu_cases import SCHEDULED, TOPOLOGIES, Scheduled
 from jax_ragged import ragged_attention
-from jax_ragged.lowering import tpu
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.tpu import backward
-from jax_ragged.lowering.tpu.call import Call
 from jax_ragged.lowering.tpu.chips import MIB, chip_of
+from jax_ragged.lowering.tpu.choice import Sizes, choose, readings
+from jax_ragged.lowering.tpu.cost import Work
+from jax_ragged.lowering.tpu.cotangents import vjp_work
+from jax_ragged.lowering.tpu.forward import forward_choice
+from jax_ragged.lowering.tpu.tangents import jvp_work
 
 DUMP = tempfile.TemporaryDirectory(prefix="tpu_schedule_")
 B, S = 8, 4096
@@ -218,7 +220,8 @@ def ours(generation: str, case: Scheduled) -> Row:
     )
     chip = chip_of(device.device_kind)
     q, k = (jax.ShapeDtypeStruct(shape, DTYPE) for shape in (query, cache))
-    mib = tpu.step_bytes(q, k, k, RaggedAttentionParams(), device.device_kind) / MIB
+    chosen = forward_choice(q, k, k, RaggedAttentionParams(), chip)
+    mib = chosen.work.moved_bytes(chosen.blocks.T) / MIB
     return Row(
         generation,
         "ours",
@@ -255,10 +258,10 @@ def _vjp_of_query(operands: Any, windows: Any, moving: Any) -> Any:
 
 
 ALL = (True, True, True)
-DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[[Call], backward.Traffic]]] = {
-    "jvp": (_jvp, lambda x: backward.jvp_traffic(x, ALL)),
-    "vjp of query": (_vjp_of_query, lambda x: backward.vjp_traffic(x, (True, False, False))),
-    "vjp": (_vjp, lambda x: backward.vjp_traffic(x, ALL)),
+DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[[Sizes], Work]]] = {
+    "jvp": (_jvp, lambda x: jvp_work(x, ALL)),
+    "vjp of query": (_vjp_of_query, lambda x: vjp_work(x, (True, False, False))),
+    "vjp": (_vjp, lambda x: vjp_work(x, ALL)),
 }
 
 
@@ -266,7 +269,7 @@ def derivative(generation: str, case: Scheduled, name: str) -> Row:
     """The kernel of a derivative with its default block size; its DMA reads and writes."""
     query, cache = (B, case.Q, case.Hq, case.D), (B, S, case.Hkv, case.D)
     window = ((B, case.Q), jnp.int32)
-    function, traffic_of = DERIVATIVES[name]
+    function, work_of = DERIVATIVES[name]
 
     def call(*operands: jax.Array) -> Any:
         return function(operands[:3], operands[3:5], operands[5:])
@@ -275,12 +278,8 @@ def derivative(generation: str, case: Scheduled, name: str) -> Row:
     device, program = _compile(generation, call, *arrays, window, window, *arrays)
     chip = chip_of(device.device_kind)
     q, k = (jax.ShapeDtypeStruct(shape, DTYPE) for shape in (query, cache))
-    problem = backward.choose(q, k, k, RaggedAttentionParams(), chip)
-    assert not isinstance(problem, str)
-    chosen = problem.choose(traffic_of)
-    assert not isinstance(chosen, str)
-    sizes, blocks = chosen
-    mib = traffic_of(sizes).cache_bytes(blocks.T) / MIB
+    chosen = choose(readings(q, k, k), work_of, chip, RaggedAttentionParams())
+    mib = chosen.work.moved_bytes(chosen.blocks.T) / MIB
     return Row(
         generation,
         name,

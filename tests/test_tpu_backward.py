@@ -1,6 +1,7 @@
 """The TPU kernels of the derivatives: interpreted against the oracle, compiled by libtpu."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,14 +18,12 @@ from benchmarks.tpu_cases import TOPOLOGIES
 from cases import Case, assert_close, ids, poison, tiered
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.tpu import backward
-from jax_ragged.lowering.tpu.block_size import Blocks
-from jax_ragged.lowering.tpu.call import MAX_ROWS
 from jax_ragged.lowering.tpu.chips import chip_of
-from jax_ragged.lowering.tpu.chunks import Plan
+from jax_ragged.lowering.tpu.choice import MAX_ROWS, KernelPlan, choose, readings
+from jax_ragged.lowering.tpu.cost import Blocks
+from jax_ragged.lowering.tpu.cotangents import vjp_work
+from jax_ragged.lowering.tpu.grid import Walk, WorkList
 from jax_ragged.lowering.tpu.layout import CacheLayout
-from jax_ragged.lowering.tpu.walk import Walk
-from jax_ragged.lowering.tpu.work_list import WorkList
 from lowerings import refusal
 from programs import ALL, cache_sized, compile_call, op, pullback, pushforward
 
@@ -174,11 +173,9 @@ def test_subsets(wrt: tuple[int, ...], given: tuple[bool, ...]) -> None:
 def _reading(case: Case, wrt: tuple[bool, bool, bool]) -> CacheLayout:
     """How the kernel of the cotangents reads the keys."""
     query, key, value = (jax.ShapeDtypeStruct(s, case.dtype) for s in _folded_shapes(case))
-    problem = backward.choose(query, key, value, RaggedAttentionParams(), chip_of(None))
-    assert isinstance(problem, backward.Problem)
-    chosen = problem.choose(lambda x: backward.vjp_traffic(x, wrt))
-    assert not isinstance(chosen, str)
-    return chosen[0].key
+    sizes = readings(query, key, value)
+    work_of = functools.partial(vjp_work, wrt=wrt)
+    return choose(sizes, work_of, chip_of(None), RaggedAttentionParams()).sizes.key
 
 
 def _assert_bfloat16(case: Case, wrt: tuple[int, ...]) -> None:
@@ -204,7 +201,7 @@ def test_grouped_tiles(interpreted: None) -> None:
     ends, starts, sizes = ((70,) * 8,), ((31,) * 8,), {"S": 70, "D": 256, "Dv": 256}
     case = Case("grouped_tiles", ends, starts, 8, Hq=32, Hkv=16, dtype="bfloat16", **sizes)
     layout = _reading(case, (False, True, False))
-    assert (layout.strided, layout.tiles) == (True, 2)
+    assert (layout.strided, layout.pieces) == (True, 2)
     _assert_bfloat16(case, (1,))
 
 
@@ -231,7 +228,7 @@ def test_unview(H: int, D: int, by_head: bool) -> None:
 def _walk(rows: int, tiles: int, blocks: int, cores: int, *, every: bool) -> Walk:
     T = 128
     layout = CacheLayout.of(blocks * T, 8, 128, jnp.bfloat16)
-    plan = Plan(
+    plan = KernelPlan(
         key=layout,
         value=layout,
         blocks=Blocks(T, T, 0),

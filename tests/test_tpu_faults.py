@@ -39,9 +39,11 @@ def _jvp(query: Any, key: Any, value: Any, *windows: Any, **params: Any) -> Any:
 OPERATIONS = (_call, _vjp, _jvp)
 
 
-def _shapes(Q: int, Hq: int, Hkv: int, D: int, Dv: int, dtype: str) -> list[Any]:
+def _shapes(sizes: tuple[int, ...], dtype: str) -> list[Any]:
+    """Operands [3, Q, Hq, D], and a cache of 512 positions, for sizes (Q, Hq, Hkv, D, Dv)."""
     B, S = 3, 512
-    shape = jax.ShapeDtypeStruct
+    Q, Hq, Hkv, D, Dv = sizes
+    shape: Any = jax.ShapeDtypeStruct
     return [
         shape((B, Q, Hq, D), dtype),
         shape((B, S, Hkv, D), dtype),
@@ -68,7 +70,7 @@ def test_strict_promotion(
 ) -> None:
     """No operation promotes dtypes or ranks in silence."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        traced = jax.jit(lambda *x: operation(*x, **params)).trace(*_shapes(*sizes, dtype))
+        traced = jax.jit(lambda *x: operation(*x, **params)).trace(*_shapes(sizes, dtype))
         traced.lower(lowering_platforms=("tpu",))
 
 
@@ -138,7 +140,7 @@ def test_gradients_in_float32(Q: int, interpreted: None) -> None:
     operands = Operands(query, key, value, ends, jnp.zeros_like(ends))
     results = tpu.LOWERING.forward(operands, params, None)
     bars = ByResult(jnp.ones((B, Q, 16, 128), jnp.float32), None, None)
-    residuals = Residuals(*operands[:5], *results)
+    residuals = Residuals(*operands[:5], results.out, results.max_logits, results.denominator)
     narrow, wide = (
         tpu.LOWERING.vjp(residuals, bars, ByOperand(*[dtype] * 3), params, None)
         for dtype in (jnp.dtype("bfloat16"), jnp.dtype("float32"))
@@ -220,7 +222,7 @@ def test_tiny_head_dims_in_bfloat16(operation: Callable[..., Any], D: int, Dv: i
         results, pull = jax.vjp(lambda *x: ragged_attention(*x, *windows), query, key, value)
         return pull(results)
 
-    shapes = _shapes(1, 4, 2, D, Dv, "bfloat16")
+    shapes = _shapes((1, 4, 2, D, Dv), "bfloat16")
     with pytest.raises(NotImplementedError, match="head dimensions from 5 on in bfloat16"):
         jax.jit(operation).trace(*shapes).lower(lowering_platforms=("tpu",))
     exported = jax.export.export(jax.jit(run), platforms=("cpu", "tpu"))(*shapes)

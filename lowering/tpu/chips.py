@@ -1,4 +1,4 @@
-"""What the block-size model knows of the generations of TPU."""
+"""The generations of TPU, as the cost model sees them."""
 
 import dataclasses
 
@@ -48,10 +48,10 @@ _CHIPS = {
     "TPU7x": Chip("7x", 64 * MIB, 620, 300, 1.8, 32),
 }
 
-# Of a program lowered for no device in particular (jax.export): what fits and fills them all.
+# The chip of a program lowered for no known device (jax.export): its blocks fit and fill them all.
 _ANY = Chip("any", 16 * MIB, 1120, 320, 3.8, 110, cores=2)
 
 
 def chip_of(device_kind: str | None) -> Chip:
-    """The chip by `device_kind`; of an unknown one, what fits all."""
+    """The chip of a `device_kind`; for an unknown one, a chip whose blocks fit all."""
     return _ANY if device_kind is None else _CHIPS.get(device_kind, _ANY)

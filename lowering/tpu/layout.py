@@ -7,6 +7,7 @@ reshape to the physical order is a bitcast.
 
 import dataclasses
 import enum
+import functools
 from typing import Self
 
 import jax
@@ -51,15 +52,15 @@ class CacheLayout:
     """A cache as the kernels see it.
 
     In the form TOKENS the kernel sees rows [B, S * H, D], a row for each (token, head); or, if D
-    is cut in tiles of 128 lanes, [B, S * tiles * H, 128], a row for each (token, tile, head), or
-    for more than 8 heads (token, eight heads, tile, head). In the others [B, H, S, D] and
+    is cut in pieces of 128 lanes, [B, S * pieces * H, 128], a row for each (token, piece, head), or
+    for more than 8 heads (token, eight heads, piece, head). In the others [B, H, S, D] and
     [B, H, D, S].
 
     Attributes:
       form: the physical order.
       heads: H.
       head_dim: D.
-      tiles: into how many rows the lanes of one head of one token are cut, in the form TOKENS.
+      pieces: rows into which the lanes of one head of one token are cut, in the form TOKENS.
       packing: elements in the 32 bits of a lane of a sublane; in the form TOKENS, so many heads
         of a token.
       strided: whether a head is read by itself in the form TOKENS, by strided loads.
@@ -68,7 +69,7 @@ class CacheLayout:
     form: Form
     heads: int
     head_dim: int
-    tiles: int = 1
+    pieces: int = 1
     packing: int = 1
     strided: bool = False
 
@@ -79,63 +80,63 @@ class CacheLayout:
         packing = 4 // jnp.dtype(dtype).itemsize
         if form is not Form.TOKENS or H % SUBLANES == 0:
             return cls(form, H, D, packing=packing)
-        tiles = D // LANES
+        pieces = D // LANES
         # A token's columns must divide the 128 lanes, for the head masks and the rotations.
-        if D % LANES != 0 or LANES % (H * tiles) != 0:
+        if D % LANES != 0 or LANES % (H * pieces) != 0:
             return cls(Form.HEADS, H, D, packing=packing)
-        return cls(form, H, D, tiles, packing)
+        return cls(form, H, D, pieces, packing)
 
-    @property
+    @functools.cached_property
     def interleaved(self) -> bool:
         """Whether the heads of a token are beside each other in the columns of the logits."""
         return self.form is Form.TOKENS and not self.strided
 
-    @property
-    def rows(self) -> int:
+    @functools.cached_property
+    def rows_per_token(self) -> int:
         """Rows of the view that one token has in the form TOKENS."""
-        return self.heads * self.tiles
+        return self.heads * self.pieces
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
         """Columns of the logits that one token has."""
-        return self.rows if self.interleaved else 1
+        return self.rows_per_token if self.interleaved else 1
 
-    @property
+    @functools.cached_property
     def stacked(self) -> int:
-        """Tiles whose products are rows of their own."""
-        return self.tiles if self.interleaved else 1
+        """Pieces whose products are rows of their own."""
+        return self.pieces if self.interleaved else 1
 
     @property
     def stride(self) -> int:
         """Sublanes from one token of a head to the next, where strided."""
-        return self.rows // self.packing
+        return self.rows_per_token // self.packing
 
     @property
     def _group(self) -> int:
-        """The heads of one tile of registers."""
+        """The heads of one register."""
         return min(self.heads, SUBLANES)
 
-    def row(self, tile: int, head: int) -> int:
+    def place(self, piece: int, head: int) -> int:
         """Which of the rows of a token, in the form TOKENS."""
         group, place = divmod(head, self._group)
-        return (group * self.tiles + tile) * self._group + place
+        return (group * self.pieces + piece) * self._group + place
 
     def by_head(self) -> Self:
         """The same cache, of which each head is read by itself.
 
-        Strided loads are of 128 lanes; XLA copies what has other rows, which in the form TOKENS
+        Strided loads are of 128 lanes; XLA copies caches with other rows, which in the form TOKENS
         are caches of less than 192 positions.
         """
         if self.form is not Form.TOKENS:
             return self
-        if self.rows == 1 or self.head_dim % LANES:
-            return dataclasses.replace(self, form=Form.HEADS, tiles=1)
-        return dataclasses.replace(self, tiles=self.head_dim // LANES, strided=True)
+        if self.rows_per_token == 1 or self.head_dim % LANES:
+            return dataclasses.replace(self, form=Form.HEADS, pieces=1)
+        return dataclasses.replace(self, pieces=self.head_dim // LANES, strided=True)
 
     @property
     def lanes(self) -> int:
         """Lanes of a row in the form TOKENS."""
-        return self.head_dim // self.tiles
+        return self.head_dim // self.pieces
 
     def view(self, x: jax.Array) -> jax.Array:
         """[B, S, H, D] in physical order: a bitcast."""
@@ -144,10 +145,10 @@ class CacheLayout:
             return x.transpose(0, 2, 1, 3)
         if self.form is Form.SEQUENCE:
             return x.transpose(0, 2, 3, 1)
-        if self.tiles > 1:
-            x = x.reshape(B, S, H // self._group, self._group, self.tiles, self.lanes)
+        if self.pieces > 1:
+            x = x.reshape(B, S, H // self._group, self._group, self.pieces, self.lanes)
             x = x.transpose(0, 1, 2, 4, 3, 5)
-        return x.reshape(B, S * self.rows, self.lanes)
+        return x.reshape(B, S * self.rows_per_token, self.lanes)
 
     def unview(self, x: jax.Array, S: int) -> jax.Array:
         """The inverse of `view`, of S tokens."""
@@ -156,8 +157,8 @@ class CacheLayout:
         if self.form is Form.SEQUENCE:
             return x.transpose(0, 3, 1, 2)
         B, H = x.shape[0], self.heads
-        if self.tiles > 1:
-            x = x.reshape(B, S, H // self._group, self.tiles, self._group, self.lanes)
+        if self.pieces > 1:
+            x = x.reshape(B, S, H // self._group, self.pieces, self._group, self.lanes)
             x = x.transpose(0, 1, 2, 4, 3, 5)
         return x.reshape(B, S, H, self.head_dim)
 
@@ -167,7 +168,7 @@ class CacheLayout:
             return (1, self.heads, T, self.head_dim)
         if self.form is Form.SEQUENCE:
             return (1, self.heads, self.head_dim, T)
-        return (1, T * self.rows, self.lanes)
+        return (1, T * self.rows_per_token, self.lanes)
 
     def block_index(self, row: jax.Array, block: jax.Array) -> tuple[jax.Array | int, ...]:
         """The index of the block-th block of a row of the view."""
@@ -178,7 +179,7 @@ class CacheLayout:
         return (row, block, 0)
 
     def block_bytes(self, T: int, dtype: DTypeLike) -> int:
-        """What a block of T tokens takes in VMEM, and what its DMA moves."""
+        """Bytes of a block of T tokens in VMEM, and of its DMA."""
         size = jnp.dtype(dtype).itemsize
         if self.form is Form.SEQUENCE:
             return self.heads * round_up(self.head_dim, SUBLANES) * T * size
