@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -120,3 +121,13 @@ def mosaic_gpu_load(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Arr
     indices = ((),) if required else ()
     loaded: jax.Array = plgpu.load(ref, *indices, layout=layout, optimized=optimized)
     return loaded
+
+
+def unchecked_varying_axes() -> AbstractContextManager[None]:
+    """Traces without checking over which manual mesh axes values vary.
+
+    Private: inside `jax.shard_map` the results of a Pallas kernel would have to name these axes,
+    and a lowering rule, whose results get them from the primitive, does not know them.
+    """
+    context: AbstractContextManager[None] = _config._check_vma(False)
+    return context

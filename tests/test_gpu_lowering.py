@@ -7,7 +7,6 @@ runs everything that a GPU takes.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +21,10 @@ import cases
 import oracle
 from cases import CASES, Case, Operands, assert_close, poison, tolerance
 from jax_ragged import ragged_attention
-from jax_ragged.lowering import gpu
+from jax_ragged.lowering import contract, gpu
 from jax_ragged.lowering.dispatch import Target
+from jax_ragged.lowering.gpu import attend, team_plan, teams
+from jax_ragged.lowering.gpu.line import attend_along_line
 from jax_ragged.lowering.gpu.plan import make_plan
 from jax_ragged.lowering.params import RaggedAttentionParams
 from lowerings import gpus, refusal
@@ -33,8 +34,8 @@ H200 = "NVIDIA H200"
 
 
 def _fit(case: Case, **changes: Any) -> Case:
-    """The case at sizes that the kernel takes: the next S that is a multiple of 8."""
-    sizes = {"S": -(-case.S // 8) * 8, "D": 64, "Dv": 64, "block_size": None}
+    """The case at head dimensions and dtypes that the kernel takes."""
+    sizes = {"D": 64, "Dv": 64, "block_size": None}
     dtype = case.dtype if case.dtype == "float16" else "bfloat16"
     return dataclasses.replace(case, **(sizes | {"dtype": dtype} | changes))
 
@@ -49,9 +50,55 @@ FITTED = (
     Case("row_tiles", ((9, 500, 512), (0, 70, 64)), Q=3, Hq=64, Hkv=1, S=512, D=64, Dv=64),
     Case("gap", ((10, 500), (8, 512)), ((0, 490), (0, 500)), Q=2, S=512, D=64, Dv=64),
     Case("many_rows", tuple(range(0, 600, 3)), Hq=16, Hkv=16, S=600, D=64, Dv=64),
-    Case("odd_rows", (513, 700, 2), (1, 511, 1), S=712, D=64, Dv=64, logits_soft_cap=3.0),
+    Case("odd_rows", (513, 700, 2), (1, 511, 1), S=713, D=64, Dv=64, logits_soft_cap=3.0),
+    Case("seven_heads", (500, 0, 1, 77, 300), Hq=28, Hkv=4, S=501, D=128, Dv=128),
+    Case("narrow", (500, 0, 70), Hq=8, Hkv=2, S=504, D=80, Dv=96),
+    Case("uneven", (500, 0, 70), Hq=8, Hkv=2, S=504, D=192, Dv=144),
+    Case("narrowest", (500, 0, 70), Hq=8, Hkv=2, S=504, D=16, Dv=48),
 )
-FITTED = tuple(c if c.dtype == "float16" else _fit(c, D=c.D, Dv=c.Dv) for c in FITTED)
+
+
+def _windows(Q: int, *rows: tuple[int, int, int]) -> tuple[tuple[int, ...], ...]:
+    """For each (first, step, every) row: query q has first + step * q, or 0 if every divides q."""
+    return tuple(
+        tuple(0 if every and q % every == 0 else first + step * q for q in range(Q))
+        for first, step, every in rows
+    )
+
+
+# Cases with many queries, which the other schedule computes.
+MANY = (
+    Case("causal", _windows(384, (1, 1, 0), (1, 1, 0)), Q=384, Hq=32, Hkv=8, S=384, D=128, Dv=128),
+    Case(
+        "causal_heads_of_their_own", _windows(320, *[(1, 1, 0)] * 4), Q=320, Hq=16, Hkv=16,
+        S=320, D=64, Dv=64, logits_soft_cap=4.0,
+    ),
+    Case(
+        "sliding", _windows(256, (1, 2, 0), (40, 1, 0)), _windows(256, (-60, 2, 0), (3, 1, 0)),
+        Q=256, Hq=32, Hkv=8, S=520, D=128, Dv=128, dtype="float16",
+    ),
+    Case(
+        "gaps_and_empty", _windows(77, (300, 3, 5), (0, 0, 0), (9, 1, 2)),
+        _windows(77, (0, 3, 0), (0, 0, 0), (0, 0, 0)),
+        Q=77, Hq=40, Hkv=8, S=397, D=64, Dv=64,
+    ),
+    Case(
+        "negative_scale", _windows(100, (201, -2, 0), (100, 1, 0)), Q=100, Hq=64, Hkv=8, S=201,
+        D=96, Dv=80, softmax_scale=-0.3,
+    ),
+    Case(
+        "widest_queries", _windows(256, *[(9, 1, 0)] * 3), Q=256, Hq=16, Hkv=8, S=265, D=256, Dv=256
+    ),
+    Case("wide_keys", _windows(128, *[(1, 1, 0)] * 3), Q=128, Hq=32, Hkv=32, S=128, D=192, Dv=128),
+    Case("one_window", (300, 0, 128), (7, 0, 64), Q=128, Hq=64, Hkv=8, S=300, D=128, Dv=128),
+    Case("small_blocks", _windows(256, (1, 1, 0), (1, 1, 0)), Q=256, Hq=32, Hkv=8, S=256, D=128,
+         Dv=128, block_size=64),
+)  # fmt: skip
+MANY = tuple(c if c.dtype == "float16" else dataclasses.replace(c, dtype="bfloat16") for c in MANY)
+FITTED += MANY
+FITTED = tuple(
+    c if c.dtype == "float16" else _fit(c, D=c.D, Dv=c.Dv, block_size=c.block_size) for c in FITTED
+)
 
 
 def _assert_results(actual: Any, case: Case, operands: Operands) -> None:
@@ -93,6 +140,7 @@ class TestLowered:
             (3, 8, 1, 128, 64, "bfloat16"),
             (None, 4, 2, 256, 256, "bfloat16"),
             (9, 16, 2, 128, 256, "bfloat16"),
+            (None, 28, 4, 80, 192, "bfloat16"),
         ],
     )
     def test_two_kernels_and_no_copy_of_the_cache(
@@ -104,6 +152,24 @@ class TestLowered:
         moves = ("pad", "concatenate", "convert", "slice", "dynamic_slice", "transpose")
         cache = case.B * case.S * Hkv * min(D, Dv)
         assert [line for size, line in emitted(text, *moves) if size >= cache // 2] == []
+
+    @pytest.mark.parametrize("case", MANY, ids=lambda case: case.name)
+    def test_one_kernel_for_many_queries(self, case: Case) -> None:
+        text = _lowered(_kernel(case), *case.operands())
+        assert text.count("@mosaic_gpu_v2") == 1
+
+    @pytest.mark.parametrize("Q", [None, 256])
+    def test_out_dtype(self, Q: int | None) -> None:
+        case = Case("", (70, 256), Q=Q, Hq=32, Hkv=8, S=256, D=64, Dv=64, dtype="bfloat16")
+        query, key, value, lengths, _ = case.operands()
+        params = RaggedAttentionParams(implementation="kernel", out_dtype="float32")
+        query = query[:, None] if Q is None else query
+        ends = np.broadcast_to(lengths[:, None], query.shape[:2])
+        operands = contract.Operands(
+            *map(jnp.asarray, (query, key, value, ends, np.zeros_like(ends)))
+        )
+        results = jax.eval_shape(lambda x: gpu.LOWERING.forward(x, params, None), operands)
+        assert results.out.dtype == jnp.float32
 
     def test_shared_cache_is_not_copied_under_vmap(self) -> None:
         case = Case("", (70, 1000), Hq=8, Hkv=2, S=1000, D=64, Dv=64, dtype="bfloat16")
@@ -149,6 +215,7 @@ class TestUnsupported:
     def test_none_on_hopper(self, kind: str) -> None:
         assert _reason(kind) is None
         assert _reason(kind, block_size=64, dtype="float16", D=256, Dv=128) is None
+        assert _reason(kind, S=101, D=80, Dv=176) is None
 
     @pytest.mark.parametrize(
         ("changes", "says"),
@@ -157,9 +224,8 @@ class TestUnsupported:
             ({"device_kind": "NVIDIA B200"}, "Hopper"),
             ({"device_kind": None}, "not known"),
             ({"dtype": "float32"}, "float32"),
-            ({"D": 96}, "96"),
-            ({"Dv": 32}, "32"),
-            ({"S": 101}, "202"),
+            ({"D": 72}, "query and key is 72"),
+            ({"Dv": 272}, "value is 272"),
             ({"S": 0}, "nothing"),
         ],
     )
@@ -188,8 +254,8 @@ class TestUnsupported:
             assert refused.reason == f"it has no kernel for {operation}"
 
     def test_forced_kernel_is_refused_with_the_reason(self) -> None:
-        case = Case("", (70, 100), S=100, D=96, Dv=64, dtype="bfloat16")
-        with pytest.raises(NotImplementedError, match=r"96.*implementation='reference'"):
+        case = Case("", (70, 100), S=100, D=72, Dv=64, dtype="bfloat16")
+        with pytest.raises(NotImplementedError, match=r"72.*implementation='reference'"):
             _lowered(_kernel(case), *case.operands()[:4])
 
     def test_symbolic_shapes(self) -> None:
@@ -215,24 +281,19 @@ class TestInterpreted:
     It multiplies with numpy, which warns of the NaN outside of the windows.
     """
 
-    @pytest.mark.parametrize(
-        "case",
-        [c for c in FITTED if c.name in _INTERPRETED]
-        + [
-            Case("parts", (200, 1, 0, 150), (0, 0, 0, 63), Hq=4, S=200, D=64, Dv=64),
-            Case("gap", ((10, 200), (8, 64)), ((0, 190), (0, 60)), Q=2, S=208, D=64, Dv=64),
-            Case("cap", (190, 3), Hq=2, S=192, D=128, Dv=128, logits_soft_cap=2.0),
-        ],
-        ids=lambda case: case.name,
-    )
-    def test_values(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.fixture(autouse=True)
+    def _products_of_registers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Replaces the matrix products of an operand in registers, which the interpreter lacks."""
+
+        def product(p: jax.Array, values_ref: Any) -> jax.Array:
+            return jnp.dot(p.astype(jnp.float32), values_ref[...].astype("float32"))
+
+        monkeypatch.setattr(attend, "_product", product)
+        monkeypatch.setattr(teams, "_add_product", lambda total, p, ref: total + product(p, ref))
+
+    def _run(self, case: Case, schedule: Callable[..., Any]) -> None:
+        """Runs a schedule, given the plan's arguments and then the kernel's, on a case."""
         case = dataclasses.replace(case, dtype="bfloat16")
-        # The interpreter has no matrix product of an operand in registers.
-        monkeypatch.setattr(
-            sys.modules["jax_ragged.lowering.gpu.attend"],
-            "_product",
-            lambda p, values_ref: jnp.dot(p.astype(jnp.float32), values_ref[...].astype("float32")),
-        )
         operands = case.operands()
         query, key, value, lengths, starts = poison(operands)
         starts = np.zeros_like(lengths) if starts is None else starts
@@ -241,13 +302,69 @@ class TestInterpreted:
             query, lengths, starts = query[:, None], lengths[:, None], starts[:, None]
         bounds = [np.broadcast_to(x, query.shape[:2]) for x in (lengths, starts)]
         params = RaggedAttentionParams(**case.params)
-        plan = dataclasses.replace(make_plan(query, key, value, params), parts=3)
         # On a machine with a GPU the interpreter's callbacks would wait for one another.
         with jax.default_device(jax.devices("cpu")[0]):
             q, k, v, ends, begins = map(jnp.asarray, (query, key, value, *bounds))
+            joined = [gpu._joined(x) for x in (k, v)]
             interpret: Any = vars(plgpu)["InterpretGPUParams"]()
-            results = gpu.run(plan, q, k, v, ends, begins, interpret)
+            results = schedule((q, k, v, params), (q, *joined, ends, begins, interpret))
         _assert_results([x.reshape(*rows, *x.shape[2:]) for x in results], case, operands)
+
+    @pytest.mark.parametrize(
+        "case",
+        [c for c in FITTED if c.name in _INTERPRETED]
+        + [
+            Case("parts", (200, 1, 0, 150), (0, 0, 0, 63), Hq=4, S=200, D=64, Dv=64),
+            Case("gap", ((10, 200), (8, 64)), ((0, 190), (0, 60)), Q=2, S=208, D=64, Dv=64),
+            Case("cap", (190, 3), Hq=2, S=192, D=128, Dv=128, logits_soft_cap=2.0),
+            Case("seven", (190, 0, 65), Hq=7, Hkv=1, S=193, D=80, Dv=96),
+        ],
+        ids=lambda case: case.name,
+    )
+    @pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+    def test_line(self, case: Case, out_dtype: str) -> None:
+        def schedule(plan_of: tuple[Any, Any, Any, Any], arguments: Any) -> Any:
+            plan = dataclasses.replace(make_plan(*plan_of, jnp.dtype(out_dtype)), parts=3)
+            results = attend_along_line(plan, *arguments)
+            assert results[0].dtype == out_dtype
+            return results
+
+        self._run(case, schedule)
+
+    @pytest.mark.parametrize(
+        ("case", "out_dtype"),
+        [
+            (Case("causal", _windows(40, (1, 3, 0)), Q=40, S=136, D=64, Dv=64), "float32"),
+            (
+                Case(
+                    "gaps", _windows(24, (20, 5, 3)), _windows(24, (0, 5, 0)),
+                    Q=24, Hq=8, S=168, D=64, Dv=64, logits_soft_cap=2.0, block_size=64,
+                ),
+                "bfloat16",
+            ),
+            (
+                Case(
+                    "sliding", _windows(32, (60, 1, 0), (0, 0, 0)),
+                    _windows(32, (0, 1, 0), (0, 0, 0)),
+                    Q=32, Hkv=1, S=128, D=64, Dv=128, softmax_scale=-0.5,
+                ),
+                "bfloat16",
+            ),
+        ],
+        ids=lambda x: getattr(x, "name", x),
+    )  # fmt: skip
+    def test_teams(self, case: Case, out_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(team_plan, "_FEWEST_TEAMS", 1)
+
+        def schedule(plan_of: tuple[Any, Any, Any, Any], arguments: Any) -> Any:
+            plan = team_plan.make_team_plan(*plan_of, jnp.dtype(out_dtype))
+            assert plan is not None
+            # One CTA, so that it takes several teams.
+            results = teams.attend_in_teams(dataclasses.replace(plan, ctas=1), *arguments)
+            assert results[0].dtype == out_dtype
+            return results
+
+        self._run(case, schedule)
 
 
 @pytest.mark.gpu
@@ -257,8 +374,6 @@ class TestGpu:
 
     @pytest.mark.parametrize("case", FITTED, ids=lambda case: case.name)
     def test_values(self, case: Case) -> None:
-        if case.B * case.S % 8:
-            pytest.fail("the case is not one that the kernel takes")
         operands = case.operands()
         with jax.default_device(gpus()[0]):
             run = _kernel(case)

@@ -1,9 +1,7 @@
-"""The kernel that reads the cache: in each stream a warpgroup copies, and another computes."""
+"""The kernel for few queries: in each stream a warpgroup copies, and another computes."""
 
 import dataclasses
 import functools
-import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,82 +11,98 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
-from jax_ragged.lowering.gpu.plan import (
-    COPIED,
-    SWIZZLE_BYTES,
-    SWIZZLE_ROWS,
-    WGMMA_ROWS,
-    Plan,
-    ceil_to,
+from jax_ragged.lowering.gpu.launch import Refs, shared_rows
+from jax_ragged.lowering.gpu.plan import COPIED, SWIZZLE_ROWS, WGMMA_ROWS, Plan, ceil_to
+from jax_ragged.lowering.gpu.schedule import (
+    Column,
+    Part,
+    Segment,
+    Tables,
+    for_segments,
+    part_of,
+    scan_blocks,
+    split_before,
 )
-from jax_ragged.lowering.gpu.schedule import Column, Segment, Tables, for_segments, scan_blocks
+from jax_ragged.lowering.gpu.softmax import (
+    ROWS,
+    TILE,
+    Softmax,
+    down_rows,
+    inverse,
+    logits,
+    masked,
+    update,
+)
 
-_LOG2_E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Refs:
-    """The operands and results of the kernel, in its order."""
-
-    tables: Tables
-    windows: tuple[Any, ...]
-    query: Any
-    key: Any
-    value: Any
-    accumulator: Any
-    maximum: Any
-    denominator: Any
+# Registers of a thread, of the 65,536 that a multiprocessor has.
+_COPYING_REGISTERS, _COMPUTING_REGISTERS = 24, 232
 
 
-def attend(plan: Plan, *refs: Any, **scratch: Any) -> None:
-    bounds, rest = refs[: plan.bounds], list(refs[plan.bounds :])
-    if plan.tables_in_shared_memory:
-        *rest, blocks_ref = rest
-        tables = _share_tables(plan, bounds, blocks_ref, scratch)
-    else:
-        blocks_ref, *rest = rest
-        tables = Tables.of(bounds, blocks_ref)
-    named = _Refs(tables, tuple(rest[:-6]), *rest[-6:])
+def attend(plan: Plan, refs: Refs) -> None:
+    """The kernel.
 
+    Refs:
+      bounds: int32 [bounds, lines, line_size]: `schedule.make_bounds`.
+      blocks: int32 [lines, line_size]: `Tables.blocks`, if the kernel does not make it.
+      low, high: int32 [B, row_tiles, 64]: the rows' windows, if there are several queries.
+      query: [B, columns, result_rows, D].
+      key, value: [B * S, Hkv, D] and [B * S, Hkv, Dv].
+      out: [B, columns, result_rows, Dv], max_logits, denominator: [B, columns, tile_rows]: the
+        results of the tiles that one part has whole.
+      accumulators: [partials, tile_rows, accumulator_columns], maxima, denominators: [partials,
+        tile_rows]: the partial results of the others, the maximum in units of log 2.
+      splits: int32 [2, lines, parts]: `schedule.split_before` of each part.
+      the others: `scratch_types`.
+    """
     wg = lax.axis_index("wg")
+    if plan.tables_in_shared_memory:
+        tables = _share_tables(plan, refs)
+    else:
+        tables = Tables.of(plan, refs.bounds, refs.blocks)
 
     @pl.when(wg >= plan.streams)
     def _() -> None:
-        plgpu.set_max_registers(24, action="decrease")
-        _load(plan, named, wg - plan.streams, **scratch)
+        plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
+        stream = wg - plan.streams
+        part = part_of(plan, tables, stream)
+        _write_split(plan, refs, tables, part)
+        _copy(plan, refs, tables, stream, part)
 
     @pl.when(wg < plan.streams)
     def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
-        _compute(plan, named, wg, **scratch)
+        plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
+        _compute(plan, refs, tables, wg, part_of(plan, tables, wg))
 
 
-def _share_tables(
-    plan: Plan, bounds: Sequence[Any], blocks_ref: Any, scratch: Mapping[str, Any]
-) -> Tables:
-    """The tables in shared memory; that of blocks goes to global memory too, for the merge."""
-    shared = [scratch["tables"].at[i] for i in range(plan.bounds + 1)]
-    tables = Tables.of(shared[:-1], shared[-1])
+def _share_tables(plan: Plan, refs: Refs) -> Tables:
+    """Copies the bounds to shared memory and makes the table of blocks there."""
+    tables = Tables.of(plan, refs.tables, refs.tables.at[plan.bounds])
     rows = pl.ds(0, plan.line_size)
 
     @pl.when(lax.axis_index("wg") == plan.streams)
     def _() -> None:
-        for ref, copy in zip(bounds, shared, strict=False):
+        for i in range(plan.bounds):
             for line in range(plan.lines):
-                plgpu.copy_gmem_to_smem(ref.at[line], copy.at[line, rows], scratch["bounds_full"])
-        plgpu.barrier_wait(scratch["bounds_full"])
+                plgpu.copy_gmem_to_smem(
+                    refs.bounds.at[i, line], refs.tables.at[i, line, rows], refs.bounds_full
+                )
+        plgpu.barrier_wait(refs.bounds_full)
         for line in range(plan.lines):
             scan_blocks(plan, tables, line)
-        plgpu.barrier_arrive(scratch["blocks_full"])
+        plgpu.barrier_arrive(refs.blocks_full)
 
-        @pl.when(lax.axis_index("cta") == 0)
-        def _() -> None:
-            plgpu.commit_smem()
-            for line in range(plan.lines):
-                plgpu.copy_smem_to_gmem(tables.blocks.at[line, rows], blocks_ref.at[line])
-
-    plgpu.barrier_wait(scratch["blocks_full"])
+    plgpu.barrier_wait(refs.blocks_full)
     return tables
+
+
+def _write_split(plan: Plan, refs: Refs, tables: Tables, part: Part) -> None:
+    """Tells the merging kernel which tile is cut before a part. All columns of a line agree."""
+
+    @pl.when(part.number < plan.parts)
+    def _() -> None:
+        row, segments = split_before(plan, tables, part)
+        refs.splits[0, part.column.line, part.number] = row
+        refs.splits[1, part.column.line, part.number] = segments
 
 
 def _slot(plan: Plan, stream: Any, step: Any) -> Any:
@@ -113,88 +127,90 @@ def _load_block(
         lax.cond(at < end, copy, skip)
 
 
-def _load(plan: Plan, refs: _Refs, stream: Any, **scratch: Any) -> None:
+def _copy(plan: Plan, refs: Refs, tables: Tables, stream: Any, part: Part) -> None:
     """Starts the copies of queries, keys and values, as far ahead as there is room."""
 
     def load_query(column: Column, segment: Segment) -> None:
-        plgpu.barrier_wait(scratch["query_free"].at[stream])
-        # 0, but not known to be: then the copy may leave the array, and what is past it is 0.
-        start = pl.multiple_of(jnp.minimum(segment.index, 0), SWIZZLE_ROWS)
+        plgpu.barrier_wait(refs.query_free.at[stream])
         plgpu.copy_gmem_to_smem(
-            refs.query.at[segment.row, column.number, pl.ds(start, plan.tile_rows)],
-            scratch["query"].at[stream, pl.ds(0, plan.tile_rows)],
-            scratch["query_full"].at[stream],
+            refs.query.at[segment.row, column.number, _tile_rows(plan, segment)],
+            refs.query_tiles.at[stream, pl.ds(0, plan.tile_rows)],
+            refs.query_full.at[stream],
         )
 
     def run(column: Column, segment: Segment) -> None:
-        _, end = refs.tables.hull(plan, column.line, segment.row)
+        _, end = tables.hull(plan, column.line, segment.row)
 
         def block(i: Any, _: None) -> None:
             slot = _slot(plan, stream, segment.step + i)
             first = segment.first + i * plan.T
-            for name, cache_ref in (("key", refs.key), ("value", refs.value)):
-                plgpu.barrier_wait(scratch[f"{name}_free"].at[slot])
-                to, full = scratch[name].at[slot], scratch[f"{name}_full"].at[slot]
-                _load_block(plan, cache_ref, column.head, first, end, to, full)
+            for name in ("key", "value"):
+                plgpu.barrier_wait(refs[f"{name}_free"].at[slot])
+                to, full = refs[f"{name}_blocks"].at[slot], refs[f"{name}_full"].at[slot]
+                _load_block(plan, refs[name], column.head, first, end, to, full)
             # Behind the first block, which need not wait until the last queries are used.
             pl.when(i == 0)(functools.partial(load_query, column, segment))
 
         lax.fori_loop(0, segment.count, block, None)
 
-    for_segments(plan, refs.tables, stream, run)
-    plgpu.barrier_wait(scratch["query_free"].at[stream])
+    for_segments(plan, tables, part, run)
+    # The last arrivals at each barrier are waited for, so that none is left when the CTA ends.
+    plgpu.barrier_wait(refs.query_free.at[stream])
     for i in range(plan.stages):
-        for name in ("key_free", "value_free"):
-            plgpu.barrier_wait(scratch[name].at[stream * plan.stages + i])
-    plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_wait(refs.key_free.at[stream * plan.stages + i])
+        plgpu.barrier_wait(refs.value_free.at[stream * plan.stages + i])
 
 
-def _logits(plan: Plan, dots: jax.Array) -> jax.Array:
-    """Logits in units of log 2, of <q, k>."""
-    scale, cap = plan.params.softmax_scale, plan.params.logits_soft_cap
-    if cap is None:
-        return dots * (scale * _LOG2_E)
-    # tanh x = 1 - 2 / (exp(2 x) + 1)
-    exponential = jnp.exp2(dots * (2 * scale / cap * _LOG2_E))
-    return cap * _LOG2_E - (2 * cap * _LOG2_E) / (exponential + 1)
+def _tile_rows(plan: Plan, segment: Segment) -> Any:
+    """The rows of a tile in global memory, in whole units of what the copy engine moves.
+
+    They start at 0. The compiler is not to know: then they may leave the array, where a tile has
+    fewer rows. What is copied from there arrives as 0, and nothing is copied to there.
+    """
+    start = pl.multiple_of(jnp.minimum(segment.index, 0), SWIZZLE_ROWS)
+    return pl.ds(start, plan.tile_rows)
 
 
-def _compute(plan: Plan, refs: _Refs, stream: Any, **scratch: Any) -> None:
-    """Streaming softmax over the blocks of each segment, and its partial results."""
+def _compute(plan: Plan, refs: Refs, tables: Tables, stream: Any, part: Part) -> None:
+    """Computes the streaming softmax over the blocks of each segment."""
     # Everything is free at first.
-    plgpu.barrier_arrive(scratch["query_free"].at[stream])
+    plgpu.barrier_arrive(refs.query_free.at[stream])
     for i in range(plan.stages):
-        for name in ("key_free", "value_free"):
-            plgpu.barrier_arrive(scratch[name].at[stream * plan.stages + i])
+        plgpu.barrier_arrive(refs.key_free.at[stream * plan.stages + i])
+        plgpu.barrier_arrive(refs.value_free.at[stream * plan.stages + i])
 
     def run(column: Column, segment: Segment) -> None:
-        windows = _windows(plan, refs, column, segment.row)
-        block = functools.partial(_block, plan, windows, stream, scratch)
-        plgpu.barrier_wait(scratch["query_full"].at[stream])
+        windows = _windows(plan, refs, tables, column, segment.row)
+        plgpu.barrier_wait(refs.query_full.at[stream])
 
         def step(i: Any, state: _State) -> _State:
             slot = _slot(plan, stream, segment.step + i)
-            return block(slot, segment.first + i * plan.T, i == segment.count - 1, state)
+            first = segment.first + i * plan.T
+            return _block(plan, refs, windows, stream, slot, first, i == segment.count - 1, state)
 
         state = lax.fori_loop(0, segment.count, step, _initial_state(plan))
-        _store_partial(plan, refs, stream, segment.partial, state, scratch)
+        # Copies of the segment before may still read the shared memory.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    for_segments(plan, refs.tables, stream, run)
+        @pl.when(segment.whole)
+        def _() -> None:
+            _store_results(plan, refs, stream, column, segment, state)
+
+        @pl.when(~segment.whole)
+        def _() -> None:
+            _store_partial(plan, refs, stream, segment.partial, state)
+
+    for_segments(plan, tables, part, run)
     plgpu.wait_smem_to_gmem(0)
 
 
-# The accumulator in chunks of columns, [64, chunk] each; the maximum and the denominator, [64].
-_State = tuple[tuple[jax.Array, ...], jax.Array, jax.Array]
+# The sum of weighted values in chunks of columns, [64, chunk] each; and its rows' statistics.
+_State = tuple[tuple[jax.Array, ...], Softmax]
 
 
 def _initial_state(plan: Plan) -> _State:
-    rows = plgpu.Layout.WGMMA.reduce(1)
-    zeros = jnp.zeros((WGMMA_ROWS, plan.chunk), jnp.float32)
-    return (
-        (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),) * (plan.Dv // plan.chunk),
-        plgpu.layout_cast(jnp.full((WGMMA_ROWS,), -jnp.inf, jnp.float32), rows),
-        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), rows),
-    )
+    zeros = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, plan.chunk), jnp.float32), TILE)
+    return (zeros,) * (plan.Dv // plan.chunk), Softmax.empty(WGMMA_ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,9 +218,10 @@ class _Windows:
     """The windows of a tile.
 
     Attributes:
-      low, high: of its rows, [64, T]; scalars if they are one.
-      inner_low, inner_high: where all overlap.
-      low_ref, high_ref: [64], of its rows, if they are not one.
+      low: the first position of each row's window, [64]; a scalar if all have the same.
+      high: the end of each row's window, like low.
+      inner_low, inner_high: the positions that lie in all of them.
+      low_ref, high_ref: [64], low and high in memory, if they are not scalars.
     """
 
     low: Any
@@ -215,102 +232,107 @@ class _Windows:
     high_ref: Any = None
 
 
-def _windows(plan: Plan, refs: _Refs, column: Column, row: Any) -> _Windows:
-    inner = refs.tables.inner(plan, column.line, row)
+def _windows(plan: Plan, refs: Refs, tables: Tables, column: Column, row: Any) -> _Windows:
+    inner = tables.inner(plan, column.line, row)
     if plan.Q == 1:
         return _Windows(*inner, *inner)
-    layout, shape = plgpu.Layout.WGMMA.reduce(1), (WGMMA_ROWS, plan.T)
-    of_rows = [x.at[row, column.row_tile] for x in refs.windows]
-    low, high = (
-        lax.broadcast_in_dim(mosaic_gpu_load(x, layout=layout, optimized=False), shape, [0])
-        for x in of_rows
-    )
+    of_rows = [x.at[row, column.row_tile] for x in (refs.low, refs.high)]
+    low, high = (mosaic_gpu_load(x, layout=ROWS, optimized=False) for x in of_rows)
     return _Windows(low, high, *inner, *of_rows)
 
 
 def _block(
     plan: Plan,
+    refs: Refs,
     windows: _Windows,
     stream: Any,
-    scratch: Mapping[str, Any],
     slot: Any,
     first: Any,
     last: Any,
     state: _State,
 ) -> _State:
-    """One step of the streaming softmax."""
-    accumulators, maximum, denominator = state
+    """Takes one block into the state: a step of the streaming softmax."""
+    sums, softmax = state
     edge = (first < windows.inner_low) | (first + plan.T > windows.inner_high)
 
-    plgpu.barrier_wait(scratch["key_full"].at[slot])
+    plgpu.barrier_wait(refs.key_full.at[slot])
 
-    def dots(accumulator_ref: Any) -> jax.Array:
-        keys = scratch["key"].at[slot].transpose((1, 0))
-        plgpu.wgmma(accumulator_ref, scratch["query"].at[stream], keys)
-        product: jax.Array = accumulator_ref[...]
+    def dots(product_ref: Any) -> jax.Array:
+        keys = refs.key_blocks.at[slot].transpose((1, 0))
+        plgpu.wgmma(product_ref, refs.query_tiles.at[stream], keys)
+        product: jax.Array = product_ref[...]
         return product
 
-    z = _logits(
-        plan, pl.run_scoped(dots, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, plan.T), jnp.float32))
+    z = logits(
+        plan.params,
+        pl.run_scoped(dots, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, plan.T), jnp.float32)),
     )
-    plgpu.barrier_arrive(scratch["key_free"].at[slot])
+    plgpu.barrier_arrive(refs.key_free.at[slot])
 
     @pl.when(last)
     def _() -> None:
-        plgpu.barrier_arrive(scratch["query_free"].at[stream])
+        plgpu.barrier_arrive(refs.query_free.at[stream])
 
-    def mask(z: jax.Array) -> jax.Array:
-        layout = plgpu.Layout.WGMMA
-        position = first + plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=layout)
-        inside = (position >= windows.low) & (position < windows.high)
-        return jnp.where(inside, z, -jnp.inf)
-
-    z = lax.cond(edge, mask, lambda z: z, z)
-    new_maximum = jnp.maximum(maximum, z.max(axis=1))
-    # Of a row without a position yet: -inf - -inf is NaN.
-    shift = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)
-    correction = jnp.exp2(maximum - shift)
-    p = jnp.exp2(z - lax.broadcast_in_dim(shift, z.shape, [0]))
-    denominator = denominator * correction + p.sum(axis=1)
+    z = lax.cond(edge, lambda z: masked(z, first, windows.low, windows.high), lambda z: z, z)
+    softmax, correction, p = update(plan.params, softmax, z, scaled=True)
     p = p.astype(plan.dtype)
 
-    plgpu.barrier_wait(scratch["value_full"].at[slot])
-    values = scratch["value"].at[slot]
+    plgpu.barrier_wait(refs.value_full.at[slot])
+    values = refs.value_blocks.at[slot]
     pl.when(edge)(functools.partial(_zero_outside, plan, windows, values, first))
-    accumulators = tuple(
-        accumulator * lax.broadcast_in_dim(correction, accumulator.shape, [0])
+    sums = tuple(
+        x * down_rows(correction, x.shape)
         + _product(p, values.at[:, pl.ds(i * plan.chunk, plan.chunk)])
-        for i, accumulator in enumerate(accumulators)
+        for i, x in enumerate(sums)
     )
-    plgpu.barrier_arrive(scratch["value_free"].at[slot])
-    return accumulators, new_maximum, denominator
+    plgpu.barrier_arrive(refs.value_free.at[slot])
+    return sums, softmax
 
 
-def _store_partial(
-    plan: Plan,
-    refs: _Refs,
-    stream: Any,
-    partial: Any,
-    state: _State,
-    scratch: Mapping[str, Any],
+def _store_results(
+    plan: Plan, refs: Refs, stream: Any, column: Column, segment: Segment, state: _State
 ) -> None:
-    """Copies the rows of a tile that are more than padding to global memory."""
-    accumulators, maximum, denominator = state
-    rows = pl.ds(0, plan.tile_rows)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    scratch["statistics"][stream, 0] = maximum
-    scratch["statistics"][stream, 1] = denominator
-    for i, accumulator in enumerate(accumulators):
+    """Normalises a tile's results and copies them to global memory."""
+    sums, softmax = state
+    factor = inverse(softmax.denominator)
+    staging = refs[_staging(plan)].at[stream]
+    rows = _tile_rows(plan, segment)
+    refs.statistics[stream, 0] = softmax.max_logits(plan.params.mask_value)
+    refs.statistics[stream, 1] = softmax.denominator
+    for i, x in enumerate(sums):
         if i > 0:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        scratch["accumulator"][stream] = accumulator
+        staging[...] = (x * down_rows(factor, x.shape)).astype(plan.out_dtype)
+        plgpu.commit_smem()
+        columns = pl.ds(i * plan.chunk, plan.chunk)
+        plgpu.copy_smem_to_gmem(
+            staging.at[pl.ds(0, plan.tile_rows)],
+            refs.out.at[segment.row, column.number, rows, columns],
+        )
+    for i, ref in enumerate((refs.max_logits, refs.denominator)):
+        plgpu.copy_smem_to_gmem(
+            refs.statistics.at[stream, i, pl.ds(0, plan.tile_rows)],
+            ref.at[segment.row, column.number],
+        )
+
+
+def _store_partial(plan: Plan, refs: Refs, stream: Any, partial: Any, state: _State) -> None:
+    """Copies a segment's partial results, unnormalised, to global memory."""
+    sums, softmax = state
+    rows = pl.ds(0, plan.tile_rows)
+    refs.statistics[stream, 0] = softmax.maximum
+    refs.statistics[stream, 1] = softmax.denominator
+    for i, x in enumerate(sums):
+        if i > 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        refs.sum_tiles[stream] = x
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
-            scratch["accumulator"].at[stream, rows],
-            refs.accumulator.at[partial, :, pl.ds(i * plan.chunk, plan.chunk)],
+            refs.sum_tiles.at[stream, rows],
+            refs.accumulators.at[partial, :, pl.ds(i * plan.chunk, plan.chunk)],
         )
-    plgpu.copy_smem_to_gmem(scratch["statistics"].at[stream, 0, rows], refs.maximum.at[partial])
-    plgpu.copy_smem_to_gmem(scratch["statistics"].at[stream, 1, rows], refs.denominator.at[partial])
+    for i, ref in enumerate((refs.maxima, refs.denominators)):
+        plgpu.copy_smem_to_gmem(refs.statistics.at[stream, i, rows], ref.at[partial])
 
 
 def _product(p: jax.Array, values_ref: Any) -> jax.Array:
@@ -328,48 +350,44 @@ def _product(p: jax.Array, values_ref: Any) -> jax.Array:
 
 def _zero_outside(plan: Plan, windows: _Windows, values_ref: Any, first: Any) -> None:
     """Zeros the values of a block that lie in no window: 0 * NaN is NaN."""
-    layout = plgpu.Layout.WGMMA
     if plan.Q == 1:
-        position = first + plgpu.broadcasted_iota(jnp.int32, values_ref.shape, 0, layout=layout)
+        position = first + plgpu.broadcasted_iota(jnp.int32, values_ref.shape, 0, layout=TILE)
         valid = (position >= windows.low) & (position < windows.high)
     else:
-        position = first + plgpu.broadcasted_iota(jnp.int32, (plan.T,), 0, layout=layout.reduce(1))
+        position = first + plgpu.broadcasted_iota(jnp.int32, (plan.T,), 0, layout=ROWS)
 
         def windows_with(i: Any, count: jax.Array) -> jax.Array:
             r = i * plan.query_step
             inside = (position >= windows.low_ref[r]) & (position < windows.high_ref[r])
             return count + jnp.where(inside, 1, 0)
 
-        count = plgpu.layout_cast(jnp.zeros((plan.T,), jnp.int32), layout.reduce(1))
+        count = plgpu.layout_cast(jnp.zeros((plan.T,), jnp.int32), ROWS)
         queries = plan.tile_rows // plan.query_step
         count = lax.fori_loop(0, queries, windows_with, count)
-        valid = lax.broadcast_in_dim(count, values_ref.shape, [0]) > 0
-    values = mosaic_gpu_load(values_ref, layout=layout)
+        valid = down_rows(count, values_ref.shape) > 0
+    values = mosaic_gpu_load(values_ref, layout=TILE)
     values_ref[...] = jnp.where(valid, values, jnp.zeros((), values.dtype))
     plgpu.commit_smem()
 
 
-def scratch(plan: Plan) -> Mapping[str, Any]:
-    def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-        tile = (SWIZZLE_ROWS, SWIZZLE_BYTES // jnp.dtype(dtype).itemsize)
-        transforms = (plgpu.TilingTransform(tile), plgpu.SwizzleTransform(SWIZZLE_BYTES))
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
+def _staging(plan: Plan) -> str:
+    """The shared memory through which results go: float32 ones the same way as partial ones."""
+    return "sum_tiles" if plan.out_dtype == jnp.float32 else "out_tiles"
 
-    tables = {
-        "tables": plgpu.SMEM((plan.bounds + 1, plan.lines, ceil_to(plan.line_size, 32)), jnp.int32),
-        "bounds_full": plgpu.Barrier(num_arrivals=plan.bounds * plan.lines),
-        "blocks_full": plgpu.Barrier(),
-    }
+
+def scratch_types(plan: Plan) -> dict[str, Any]:
+    """The shared memory and the barriers of the kernel."""
     slots = plan.streams * plan.stages
     barrier = functools.partial(plgpu.Barrier, num_barriers=slots)
     query_barrier = functools.partial(plgpu.Barrier, num_barriers=plan.streams)
-    return {
-        "query": swizzled((plan.streams, WGMMA_ROWS, plan.D), plan.dtype),
-        "key": swizzled((slots, plan.T, plan.D), plan.dtype),
-        "value": swizzled((slots, plan.T, plan.Dv), plan.dtype),
-        "accumulator": swizzled((plan.streams, WGMMA_ROWS, plan.chunk), jnp.float32),
+    results = (plan.streams, WGMMA_ROWS, plan.chunk)
+    scratch = {
+        "query_tiles": shared_rows((plan.streams, WGMMA_ROWS, plan.D), plan.dtype),
+        "key_blocks": shared_rows((slots, plan.T, plan.D), plan.dtype),
+        "value_blocks": shared_rows((slots, plan.T, plan.Dv), plan.dtype),
+        _staging(plan): shared_rows(results, plan.out_dtype),
+        "sum_tiles": shared_rows(results, jnp.float32),
         "statistics": plgpu.SMEM((plan.streams, 2, WGMMA_ROWS), jnp.float32),
-        **(tables if plan.tables_in_shared_memory else {}),
         "query_full": query_barrier(),
         "query_free": query_barrier(),
         "key_full": barrier(num_arrivals=plan.T // COPIED),
@@ -377,3 +395,9 @@ def scratch(plan: Plan) -> Mapping[str, Any]:
         "value_full": barrier(num_arrivals=plan.T // COPIED),
         "value_free": barrier(),
     }
+    if plan.tables_in_shared_memory:
+        table = (plan.tables, plan.lines, ceil_to(plan.line_size, 32))
+        scratch["tables"] = plgpu.SMEM(table, jnp.int32)
+        scratch["bounds_full"] = plgpu.Barrier(num_arrivals=plan.bounds * plan.lines)
+        scratch["blocks_full"] = plgpu.Barrier()
+    return scratch

@@ -1,4 +1,4 @@
-"""Everything static about one call."""
+"""Everything static about one call of the schedule for few queries, `line`."""
 
 import dataclasses
 import math
@@ -7,20 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_ragged.lowering.gpu.launch import swizzle_columns
 from jax_ragged.lowering.params import RaggedAttentionParams
 
 # Rows of a wgmma, the matrix product of a warpgroup.
 WGMMA_ROWS = 64
-# The rows of one tile of swizzled shared memory, and its bytes in a row.
-SWIZZLE_ROWS, SWIZZLE_BYTES = 8, 128
+# The rows whose bytes in shared memory are permuted together ("swizzled").
+SWIZZLE_ROWS = 8
 # Columns of the values that one matrix product takes.
 _CHUNK = 128
 # Positions that are copied at once: what a block has past the end of its window is not.
 COPIED = 16
-# CTAs that run at once, for an H100 or H200, and right for any. Of their 132 multiprocessors four
-# are left: with all of them, short rows are 4 % faster, all others up to 2 % slower.
+# Multiprocessors of an H100 or H200. The kernels are right for any number.
+MULTIPROCESSORS = 132
+# CTAs that run at once. Four multiprocessors are left: with all of them, short rows are 4 %
+# faster, all others up to 2 % slower.
 _CTAS = 128
-_SHARED_MEMORY = 227 * 1024
+SHARED_MEMORY = 227 * 1024
 # Of shared memory, for the tables, if they fit.
 _TABLES_BYTES = 20 * 1024
 
@@ -34,11 +37,10 @@ class Plan:
     """Everything static about one call.
 
     Attributes:
-      rows: of queries and heads that share a KV head: Q * G.
       T: positions in a block.
-      streams: of a CTA, each a warpgroup that copies and one that computes, with a part of its own.
-      stages: blocks of keys and of values in flight, of a stream.
-      parts: of the line of blocks.
+      streams: streams of a CTA.
+      stages: blocks of keys and of values that a stream has in flight.
+      parts: parts of the line of blocks.
     """
 
     B: int
@@ -49,6 +51,7 @@ class Plan:
     D: int
     Dv: int
     dtype: Any
+    out_dtype: Any
     params: RaggedAttentionParams
     T: int
     streams: int
@@ -61,6 +64,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
+        """Rows of logits, a query and a head each, that share a KV head."""
         return self.Q * self.G
 
     @property
@@ -87,14 +91,24 @@ class Plan:
         return self.columns * (self.B + self.parts)
 
     @property
+    def result_rows(self) -> int:
+        """The rows of a tile in global memory: those of up to 8 are not padded there."""
+        return self.rows if self.rows <= SWIZZLE_ROWS else self.tile_rows
+
+    @property
     def accumulator_columns(self) -> int:
-        """Dv, but not less than the merging kernel's threads."""
-        return max(self.Dv, 128)
+        """Dv, rounded up to a multiple of the merging kernel's threads."""
+        return ceil_to(self.Dv, 128)
 
     @property
     def bounds(self) -> int:
         """How many tables of the bounds of windows there are."""
         return 2 if self.Q == 1 else 4
+
+    @property
+    def tables(self) -> int:
+        """The tables of bounds, and that of blocks."""
+        return self.bounds + 1
 
     @property
     def lines(self) -> int:
@@ -108,13 +122,13 @@ class Plan:
 
     @property
     def tables_in_shared_memory(self) -> bool:
-        size = (self.bounds + 1) * self.lines * ceil_to(self.line_size, 32) * 4
+        size = self.tables * self.lines * ceil_to(self.line_size, 32) * 4
         return size <= _TABLES_BYTES and self.lines <= 8
 
     @property
     def chunk(self) -> int:
         """Columns of the accumulator that one matrix product makes."""
-        return min(self.Dv, _CHUNK)
+        return _chunk(self.Dv, self.dtype)
 
     @property
     def query_step(self) -> int:
@@ -122,9 +136,21 @@ class Plan:
         return self.G if self.row_tiles == 1 else math.gcd(self.G, WGMMA_ROWS)
 
 
+def _chunk(columns: int, dtype: Any) -> int:
+    """The most columns up to `_CHUNK` in which all chunks are equal and swizzled whole."""
+    units = columns // swizzle_columns(columns, dtype)
+    sizes = (columns // n for n in range(1, units + 1) if units % n == 0)
+    return next(size for size in sizes if size <= _CHUNK)
+
+
 def make_plan(
-    query: jax.Array, key: jax.Array, value: jax.Array, params: RaggedAttentionParams
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    params: RaggedAttentionParams,
+    out_dtype: Any,
 ) -> Plan:
+    """Returns the plan for query [B, Q, Hq, D], key [B, S, Hkv, D] and value [B, S, Hkv, Dv]."""
     B, Q, Hq, D = query.shape
     S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
     T = 64
@@ -132,11 +158,14 @@ def make_plan(
     # Registers hold two accumulators of 128 columns; many parts give many partial results.
     streams = 2 if Dv <= _CHUNK and 4 < columns else 1
     itemsize = jnp.dtype(query.dtype).itemsize
-    rows = WGMMA_ROWS * (D * itemsize + min(Dv, _CHUNK) * 4)
-    left = (_SHARED_MEMORY - _TABLES_BYTES - 4 * 1024) // streams - rows
+    # Beside the query: the accumulator, and results in another dtype.
+    out_size = jnp.dtype(out_dtype).itemsize
+    results = _chunk(Dv, query.dtype) * (4 if out_size == 4 else 4 + out_size)
+    left = (SHARED_MEMORY - _TABLES_BYTES - 4 * 1024) // streams
+    left -= WGMMA_ROWS * (D * itemsize + results)
     stages = left // (T * (D + Dv) * itemsize)
     return Plan(
-        B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), params,
+        B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
         T, streams, min(stages, 4), _parts(columns, streams * _CTAS),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Which CTA does what: tables of the rows' windows, and a CTA's segments of the line of blocks."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_ragged.lowering.gpu.launch import padded
 from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS, Plan
 
 
@@ -32,16 +33,16 @@ class Tables:
     blocks: Any
 
     @classmethod
-    def of(cls, bounds: Sequence[Any], blocks: Any) -> "Tables":
-        """Of the two or four tables of bounds."""
-        inner_start, inner_end = bounds[-2:]
-        return cls(bounds[0], bounds[1], inner_start, inner_end, blocks)
+    def of(cls, plan: Plan, bounds: Any, blocks: Any = None) -> "Tables":
+        """The tables from a ref of the bounds [2 or 4, lines, rows], and one of the blocks."""
+        of = [bounds.at[i] for i in range(plan.bounds)]
+        return cls(of[0], of[1], of[-2], of[-1], blocks)
 
-    def hull(self, plan: "Plan", line: Any, row: Any) -> tuple[Any, Any]:
+    def hull(self, plan: Plan, line: Any, row: Any) -> tuple[Any, Any]:
         """The window of a row's tile, in positions of the joined cache; none is (0, 0)."""
         return _joined(plan, row, self.start[line, row], self.end[line, row])
 
-    def inner(self, plan: "Plan", line: Any, row: Any) -> tuple[Any, Any]:
+    def inner(self, plan: Plan, line: Any, row: Any) -> tuple[Any, Any]:
         """The positions that are in all windows of a row's tile."""
         return _joined(plan, row, self.inner_start[line, row], self.inner_end[line, row])
 
@@ -65,34 +66,42 @@ def count_of_blocks(plan: Plan, low: Any, high: Any) -> Any:
     return lax.div(high - _first_block(low) + (plan.T - 1), plan.T)
 
 
-def schedule(
+def make_bounds(
     plan: Plan, lengths: jax.Array, starts: jax.Array
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Tables of bounds, and with queries the windows of a tile's rows, i32 [B, row_tiles, 64]."""
-    windows: tuple[jax.Array, ...] = ()
-    bounds: tuple[jax.Array, ...]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Makes the tables that the rows' windows give.
+
+    Args:
+      plan: the plan.
+      lengths: int32 [B, Q].
+      starts: int32 [B, Q].
+
+    Returns:
+      The bounds of `Tables`, int32 [bounds, lines, line_size], in one array so that XLA makes them
+      in one kernel; and with several queries the windows of the rows of each tile by name, int32
+      [B, row_tiles, 64], in positions of the joined cache.
+    """
     if plan.Q == 1:
-        bounds = (starts.reshape(1, plan.B), lengths.reshape(1, plan.B))
+        windows: dict[str, jax.Array] = {}
+        bounds = [starts.T, lengths.T]
     else:
         # Rows past the last query repeat it.
         query = np.minimum(np.arange(plan.row_tiles * WGMMA_ROWS) // plan.G, plan.Q - 1)
         shape = (plan.B, plan.row_tiles, WGMMA_ROWS)
         start, end = (x[:, query].reshape(shape) for x in (starts, lengths))
         start, end = jnp.maximum(start, 0), jnp.minimum(end, plan.S)
-        windows = _joined(plan, np.arange(plan.B)[:, None, None], start, end)
+        low, high = _joined(plan, np.arange(plan.B)[:, None, None], start, end)
+        windows = {"low": low, "high": high}
         end_of_hull = jnp.where(end > start, end, 0).max(axis=2)
         start_of_hull = jnp.where(end > start, start, plan.S).min(axis=2)
-        bounds = (start_of_hull, end_of_hull, start.max(axis=2), end.min(axis=2))
-        bounds = tuple(x.T for x in bounds)
-    if rest := plan.line_size - plan.B:
-        bounds = tuple(jnp.pad(x, ((0, 0), (0, rest))) for x in bounds)
-    return bounds, windows
+        bounds = [x.T for x in (start_of_hull, end_of_hull, start.max(axis=2), end.min(axis=2))]
+    return padded(jnp.stack(bounds), 2, plan.line_size), windows
 
 
-def count_blocks(plan: Plan, bounds: tuple[jax.Array, ...]) -> jax.Array:
+def count_blocks(plan: Plan, bounds: jax.Array) -> jax.Array:
     """The table of blocks, where the kernel does not make it."""
     row = np.minimum(np.arange(plan.line_size), plan.B)
-    return jnp.cumsum(count_of_blocks(plan, *_joined(plan, row, *bounds[:2])), axis=1)
+    return jnp.cumsum(count_of_blocks(plan, *_joined(plan, row, bounds[0], bounds[1])), axis=1)
 
 
 def scan_blocks(plan: Plan, tables: Tables, line: int) -> None:
@@ -150,8 +159,9 @@ class Segment:
       step: the part's blocks before it.
       row: of the cache.
       first: the first position.
-      count: of blocks.
-      partial: where its results go.
+      count: the number of its blocks.
+      whole: whether the part has all blocks of the tile.
+      partial: where its partial results go.
     """
 
     index: Any
@@ -159,21 +169,46 @@ class Segment:
     row: Any
     first: Any
     count: Any
+    whole: Any
     partial: Any
 
 
-def for_segments(
-    plan: Plan, tables: Tables, stream: Any, body: Callable[[Column, Segment], None]
-) -> None:
-    """Calls body for the segments of a stream of this CTA, in order."""
-    # The first parts, which may be longer, are of different CTAs.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A stream's part of the line of one column.
+
+    Attributes:
+      number: the part's number; one that is `plan.parts` or more has no blocks.
+      column: the stream's column.
+      begin: the position of its first block in the line.
+      end: the position behind its last block.
+      row: the row of the cache that its first block belongs to.
+    """
+
+    number: Any
+    column: Column
+    begin: Any
+    end: Any
+    row: Any
+
+
+def part_of(plan: Plan, tables: Tables, stream: Any) -> Part:
+    """The part of a stream of this CTA."""
+    # Parts are interleaved over CTAs, so that no CTA gets two of the longer ones, the first.
     number = stream * plan.ctas + lax.axis_index("cta")
     part = lax.div(number, plan.columns)
     column = Column.of(plan, lax.rem(number, plan.columns))
     share, longer = share_of_parts(plan, tables, column.line)
     begin = part * share + jnp.minimum(part, longer)
-    blocks_of_part = jnp.where(part < plan.parts, share + jnp.where(part < longer, 1, 0), 0)
-    end = begin + blocks_of_part
+    blocks = jnp.where(part < plan.parts, share + jnp.where(part < longer, 1, 0), 0)
+    return Part(part, column, begin, begin + blocks, _row_of(plan, tables, column.line, begin))
+
+
+def for_segments(
+    plan: Plan, tables: Tables, part: Part, body: Callable[[Column, Segment], None]
+) -> None:
+    """Calls body for the segments of a part, in order."""
+    column = part.column
 
     def run(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         index, position, row = carry
@@ -184,19 +219,44 @@ def for_segments(
         low, high = tables.hull(plan, column.line, row)
         blocks = count_of_blocks(plan, low, high)
         block = position - (tables.blocks[column.line, row] - blocks)
+        count = jnp.minimum(blocks - block, part.end - position)
         segment = Segment(
             index=index,
-            step=position - begin,
+            step=position - part.begin,
             row=row,
             first=_first_block(low) + block * plan.T,
-            count=jnp.minimum(blocks - block, end - position),
-            partial=place_of_partial(plan, column, row, part),
+            count=count,
+            whole=count == blocks,
+            partial=place_of_partial(plan, column, row, part.number),
         )
         body(column, segment)
         return index + 1, position + segment.count, row
 
-    row = _row_of(plan, tables, column.line, begin)
-    lax.while_loop(lambda carry: carry[1] < end, run, (jnp.int32(0), begin, row))
+    lax.while_loop(lambda carry: carry[1] < part.end, run, (jnp.int32(0), part.begin, part.row))
+
+
+def split_before(plan: Plan, tables: Tables, part: Part) -> tuple[Any, Any]:
+    """The tile that is cut for the first time where a part begins.
+
+    Returns:
+      The tile's row of the cache, or -1 if no tile is cut there or it is cut before, and the
+      number of its segments.
+    """
+    line = part.column.line
+    share, longer = share_of_parts(plan, tables, line)
+    blocks_of_longer = longer * (share + 1)
+
+    def part_at(position: Any) -> Any:
+        return jnp.where(
+            position < blocks_of_longer,
+            lax.div(position, share + 1),
+            longer + lax.div(position - blocks_of_longer, jnp.maximum(share, 1)),
+        )
+
+    last = tables.blocks[line, part.row] - 1
+    first = last + 1 - count_of_blocks(plan, *tables.hull(plan, line, part.row))
+    cut = (part.begin < part.end) & (first < part.begin) & (part_at(first) == part.number - 1)
+    return jnp.where(cut, part.row, -1), part_at(last) - (part.number - 1) + 1
 
 
 def place_of_partial(plan: Plan, column: Column, row: Any, part: Any) -> Any:

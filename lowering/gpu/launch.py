@@ -1,0 +1,121 @@
+"""Starts a Mosaic GPU kernel whose refs have names."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_ragged.lowering._compat import unchecked_varying_axes
+
+Arrays = dict[str, jax.Array]
+
+
+class Refs:
+    """The refs of a kernel as attributes, by the names that `launch` got them under."""
+
+    def __init__(self, refs: Mapping[str, Any]) -> None:
+        self.__dict__.update(refs)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the kernel has no ref {name!r}, only {sorted(self.__dict__)}")
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+def launch(
+    body: Callable[[Refs], None],
+    *,
+    name: str,
+    ctas: int,
+    warpgroups: int,
+    inputs: Mapping[str, jax.Array],
+    results: Mapping[str, jax.ShapeDtypeStruct],
+    updated: Mapping[str, jax.Array] | None = None,
+    scratch: Mapping[str, Any] | None = None,
+    interpret: Any = None,
+) -> Arrays:
+    """Runs a kernel on a grid of CTAs.
+
+    Args:
+      body: the kernel. It finds its place by `lax.axis_index("cta")` and, with several warpgroups,
+        `lax.axis_index("wg")`.
+      name: the kernel's name in profiles.
+      ctas: the number of CTAs.
+      warpgroups: the number of warpgroups in each CTA.
+      inputs: the operands.
+      results: the shapes and dtypes of the results, which the kernel writes whole.
+      updated: arrays that the kernel changes in place; they are results too.
+      scratch: shared memory and barriers.
+      interpret: the parameters of JAX's interpreter, or None to run on a GPU.
+
+    Returns:
+      The results and the updated arrays by name.
+    """
+    names = (*inputs, *(updated or {}), *results)
+    threads: dict[str, Any] = {}
+    if warpgroups > 1:
+        threads = {"num_threads": warpgroups, "thread_name": "wg"}
+    mesh = plgpu.Mesh(grid=(ctas,), grid_names=("cta",), kernel_name=name, **threads)
+
+    def kernel(*refs: Any) -> None:
+        operands = dict(zip(names, refs, strict=True))
+        pl.run_scoped(
+            lambda **allocated: body(Refs(operands | allocated)),
+            collective_axes=threads.get("thread_name", ()),
+            **(scratch or {}),
+        )
+
+    with unchecked_varying_axes():
+        call = pl.kernel(
+            kernel,
+            out_type=tuple(results.values()),
+            mesh=mesh,
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            ),
+            interpret=interpret,
+            name=name,
+        )
+        if not updated:
+            return dict(zip(results, call(*inputs.values()), strict=True))
+        if results:
+            raise ValueError("a kernel that updates arrays has no other results")
+
+        def update(refs: dict[str, Any]) -> None:
+            call(*inputs.values(), *(refs[name] for name in updated))
+
+        changed: Arrays = pl.run_state(update)(dict(updated))
+        return changed
+
+
+def shared_rows(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory [..., rows, columns] as the copy engine fills it and matrix products read it.
+
+    The copy engine permutes ("swizzles") the bytes of 8 rows so that reading columns of the tile
+    meets no bank conflicts. The more bytes of a row take part the better: 128, or 64 or 32 where
+    the row is no multiple of more.
+    """
+    size = jax.numpy.dtype(dtype).itemsize
+    swizzle = swizzle_columns(shape[-1], dtype) * size
+    tiling = plgpu.TilingTransform((8, swizzle // size))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+@functools.cache
+def swizzle_columns(columns: int, dtype: Any) -> int:
+    """How many columns are permuted together, for rows of so many columns."""
+    size: int = jax.numpy.dtype(dtype).itemsize
+    return next(n // size for n in (128, 64, 32) if columns * size % n == 0)
+
+
+def padded(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:
+    """Pads x at the end of an axis to a size; x itself where it has that size already."""
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jax.numpy.pad(x, widths, mode=mode)

@@ -1,0 +1,113 @@
+"""Logits and the streaming softmax in registers.
+
+Logits are kept in units of log 2, z = log2(e) * logit, since the hardware's exponential is 2^x.
+The maximum m and the denominator l of a row of logits, and the sum a of its weighted values, are
+kept over the blocks that a warpgroup has seen:
+
+    m' = max(m, max_t z_t)        c = 2^(m - m')        p_t = 2^(z_t - m')
+    l' = c l + sum_t p_t          a' = c a + sum_t p_t v_t
+
+A row without a position yet has m = -inf; then 0 stands for m' in the differences.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_ragged.lowering.params import RaggedAttentionParams
+
+LOG2_E = math.log2(math.e)
+
+# Registers of a warpgroup: a tile [rows, columns] as a matrix product leaves it, and a value for
+# each of its rows [rows].
+TILE = plgpu.Layout.WGMMA
+ROWS = TILE.reduce(1)
+
+
+class Softmax(NamedTuple):
+    """The statistics of a tile's rows: the maximum in units of log 2 and the denominator, [64]."""
+
+    maximum: jax.Array
+    denominator: jax.Array
+
+    @classmethod
+    def empty(cls, rows: int) -> "Softmax":
+        """The statistics before the first block."""
+        return cls(
+            plgpu.layout_cast(jnp.full((rows,), -jnp.inf, jnp.float32), ROWS),
+            plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROWS),
+        )
+
+    def max_logits(self, mask_value: float) -> jax.Array:
+        """The maximum in natural units, mask_value for rows without a position."""
+        return max_logits(self.maximum, mask_value)
+
+
+def max_logits(maximum: jax.Array, mask_value: float) -> jax.Array:
+    """Converts a maximum in units of log 2 to natural units; mask_value stands for -inf."""
+    return jnp.where(maximum == -jnp.inf, jnp.float32(mask_value), maximum * math.log(2))
+
+
+def inverse(denominator: jax.Array) -> jax.Array:
+    """Computes 1 / l, or 1 for rows without a position, whose sums are 0."""
+    return 1 / jnp.where(denominator == 0, 1.0, denominator)
+
+
+def down_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeats a value for each row [rows] along the columns of a tile [rows, columns]."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def logits(params: RaggedAttentionParams, dots: jax.Array) -> jax.Array:
+    """Computes logits in units of log 2 from products <q, k>."""
+    scale, cap = params.softmax_scale, params.logits_soft_cap
+    if cap is None:
+        return dots * (scale * LOG2_E)
+    # tanh x = 1 - 2 / (exp(2 x) + 1)
+    exponential = jnp.exp2(dots * (2 * scale / cap * LOG2_E))
+    return cap * LOG2_E - (2 * cap * LOG2_E) / (exponential + 1)
+
+
+def masked(x: jax.Array, first: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+    """Replaces what lies outside of the rows' windows by -inf.
+
+    Args:
+      x: [rows, T], of the positions from `first` on.
+      first: a position.
+      low: the first position of each row's window, [rows]; a scalar if all have the same.
+      high: the end of each row's window, exclusive, like low.
+    """
+    position = first + plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE)
+    if jnp.ndim(low) == 1:
+        low, high = down_rows(low, x.shape), down_rows(high, x.shape)
+    return jnp.where((position >= low) & (position < high), x, -jnp.inf)
+
+
+def update(
+    params: RaggedAttentionParams, state: Softmax, x: jax.Array, scaled: bool
+) -> tuple[Softmax, jax.Array, jax.Array]:
+    """Takes a block of logits into the statistics.
+
+    Args:
+      params: the static parameters.
+      state: the statistics before.
+      x: [rows, T]: logits, or the products <q, k> of a scale that is positive and has no cap.
+      scaled: whether they are logits. Products save a multiplication for each: the hardware
+        multiplies by the scale and subtracts the maximum in one instruction.
+
+    Returns:
+      The statistics after, the factor c [rows] for what was summed before, and p [rows, T].
+    """
+    scale = 1.0 if scaled else params.softmax_scale * LOG2_E
+    highest = x.max(axis=1)
+    maximum = jnp.maximum(state.maximum, highest if scaled else highest * scale)
+    shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+    correction = jnp.exp2(state.maximum - shift)
+    shifts = down_rows(shift, x.shape)
+    p = jnp.exp2(x - shifts if scaled else x * scale - shifts)
+    denominator = state.denominator * correction + p.sum(axis=1)
+    return Softmax(maximum, denominator), correction, p

@@ -1,0 +1,274 @@
+"""The schedule for many queries: which tiles a CTA computes together, and their tables.
+
+A *tile* is 64 rows of logits: some consecutive queries for some query heads of one KV head. Its
+row r belongs to head r // queries and query r % queries, since the copy engine brings the queries
+of one head at a time. A *team* is the tiles that the computing warpgroups of a CTA work on at the
+same time: the same heads and consecutive queries. They share each block of keys and values, which
+another warpgroup copies for them.
+
+    queries of row b     |---- tile 0 ----|---- tile 1 ----|---- tile 2 ----|---- tile 3 ----|
+    levels               |------------- team 0 ------------|------------- team 1 ------------|
+    blocks of team 0     [first, first + T) ... while they touch the hull of the team's windows
+
+The *level* of a team counts the teams of one row and one group of heads. CTAs take teams from the
+last level to the first: where windows are causal these have the most blocks, and the short ones
+at the end even out. CTA c takes the teams c, 2 n - 1 - c, 2 n + c, ... of n CTAs, so that no CTA
+gets the longer one every time.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_ragged.lowering.gpu.launch import padded, swizzle_columns
+from jax_ragged.lowering.gpu.plan import (
+    MULTIPROCESSORS,
+    SHARED_MEMORY,
+    SWIZZLE_ROWS,
+    WGMMA_ROWS,
+    ceil_to,
+)
+from jax_ragged.lowering.params import RaggedAttentionParams
+
+# Bytes of a tile's results that are copied out at once: all of 128 columns of 16 bits; less of
+# more columns, whose queries, keys and values take more shared memory.
+_OUT_BYTES = {False: 16 * 1024, True: 8 * 1024}
+_BLOCK_SIZES = (128, 64)
+_STAGES = 4
+# The fewest teams for which teams are worth while: fewer leave many multiprocessors idle, while
+# the other schedule splits the cache among all of them.
+_FEWEST_TEAMS = 96
+
+
+@dataclasses.dataclass(frozen=True)
+class TeamPlan:
+    """Everything static about one call.
+
+    Attributes:
+      Q: queries of a row, rounded up to what the copy engine moves.
+      T: positions in a block.
+      tiles: tiles of a team, each computed by a warpgroup of its own.
+      heads: query heads in a tile.
+      stages: blocks of keys and of values in flight.
+      ctas: CTAs that run at once.
+    """
+
+    B: int
+    Q: int
+    Hq: int
+    Hkv: int
+    S: int
+    D: int
+    Dv: int
+    dtype: Any
+    out_dtype: Any
+    params: RaggedAttentionParams
+    T: int
+    heads: int
+    stages: int
+    tiles: int = 2
+    ctas: int = MULTIPROCESSORS
+
+    @property
+    def G(self) -> int:
+        return self.Hq // self.Hkv
+
+    @property
+    def queries(self) -> int:
+        """The queries of a tile."""
+        return WGMMA_ROWS // self.heads
+
+    @property
+    def head_groups(self) -> int:
+        """Groups of query heads that a tile takes together."""
+        return self.Hq // self.heads
+
+    @property
+    def levels(self) -> int:
+        return -(-self.Q // (self.tiles * self.queries))
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of one row and one group of heads."""
+        return self.levels * self.tiles
+
+    @property
+    def teams(self) -> int:
+        return self.B * self.head_groups * self.levels
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of the results that are copied out at once."""
+        return out_columns(self.Dv, self.out_dtype)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the softmax gets logits; else it gets products, and scales them itself."""
+        return self.params.logits_soft_cap is not None or self.params.softmax_scale <= 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+    """A team's place.
+
+    Attributes:
+      row: of the cache.
+      group: of query heads.
+      level: of the team.
+    """
+
+    row: Any
+    group: Any
+    level: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The blocks of a team, positions counted from the start of its row.
+
+    Attributes:
+      first: the first position of the first block, down to -7: where the row starts in the joined
+        cache need not be a multiple of 8, and a block does.
+      count: the number of blocks, 0 if all windows are empty.
+      low, high: the hull of the team's windows.
+      gap: whether positions of the hull may lie in no window, as 0 or 1.
+    """
+
+    first: Any
+    count: Any
+    low: Any
+    high: Any
+    gap: Any
+
+
+# The columns of the table after those of `Blocks`: for each tile the bounds of the positions that
+# lie in all of its windows.
+_FIELDS = len(dataclasses.fields(Blocks))
+
+
+def out_columns(columns: int, dtype: Any) -> int:
+    """How many of a result's columns fit into the shared memory for them."""
+    unit = swizzle_columns(columns, dtype)
+    most = _OUT_BYTES[columns > 128] // (WGMMA_ROWS * jnp.dtype(dtype).itemsize)
+    units = columns // unit
+    return unit * max(n for n in range(1, units + 1) if units % n == 0 and n * unit <= most)
+
+
+def make_team_plan(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    params: RaggedAttentionParams,
+    out_dtype: Any,
+) -> TeamPlan | None:
+    """Returns the plan, or None for a call that the other schedule serves better."""
+    B, Q, Hq, D = query.shape
+    S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
+    G = Hq // Hkv
+    itemsize: int = jnp.dtype(query.dtype).itemsize
+    padded = ceil_to(Q, SWIZZLE_ROWS)
+    if Q * G <= WGMMA_ROWS:
+        return None  # one tile of the other schedule holds all rows that share a KV head
+
+    def blocks(T: int) -> int:
+        """How many blocks of keys and values fit into shared memory."""
+        tiles = 2 * WGMMA_ROWS * (D * itemsize + 2 * 4)
+        out_size: int = jnp.dtype(out_dtype).itemsize
+        out = 2 * WGMMA_ROWS * out_columns(Dv, out_dtype) * out_size
+        return min((SHARED_MEMORY - 1024 - tiles - out) // (T * (D + Dv) * itemsize), _STAGES)
+
+    # Registers hold the logits of 128 positions beside up to 128 columns of the sum.
+    sizes = [T for T in _BLOCK_SIZES if params.block_size in (None, T)]
+    sizes = [T for T in sizes if blocks(T) > 1 and (T == 64 or Dv <= 128) and B * S >= T]
+    heads = [n for n in (1, 2, 4, 8) if G % n == 0 and WGMMA_ROWS // n <= padded]
+    if not sizes or not heads:
+        return None
+
+    def wasted(n: int) -> int:
+        """Rows of padding; of those that waste none, few heads give long runs to copy."""
+        return ceil_to(Q, 2 * WGMMA_ROWS // n)
+
+    plan = TeamPlan(
+        B, padded, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
+        T=sizes[0], heads=min(heads, key=wasted), stages=blocks(sizes[0]),
+    )  # fmt: skip
+    return plan if plan.teams >= _FEWEST_TEAMS else None
+
+
+def team_of(plan: TeamPlan, turn: Any) -> Team:
+    """The team that this CTA computes in its turn."""
+    number = turn * plan.ctas + place(plan, turn)
+    of_level = plan.B * plan.head_groups
+    level = plan.levels - 1 - lax.div(number, of_level)
+    index = lax.rem(number, of_level)
+    return Team(lax.div(index, plan.head_groups), lax.rem(index, plan.head_groups), level)
+
+
+def place(plan: TeamPlan, turn: Any) -> Any:
+    """The place of this CTA among the teams of a turn; every other turn runs backwards."""
+    cta = lax.axis_index("cta")
+    return jnp.where(lax.rem(turn, 2) == 0, cta, plan.ctas - 1 - cta)
+
+
+def turns(plan: TeamPlan) -> Any:
+    """The number of teams that this CTA computes."""
+    whole, rest = divmod(plan.teams, plan.ctas)
+    return whole + jnp.where(place(plan, jnp.int32(whole)) < rest, 1, 0)
+
+
+def blocks_of(table_ref: Any, index: Any) -> Blocks:
+    """A team's blocks, from its row of the table."""
+    return Blocks(*(table_ref[index, field] for field in range(_FIELDS)))
+
+
+def inner_of(table_ref: Any, index: Any, tile: Any) -> tuple[Any, Any]:
+    """The positions that lie in all windows of a team's tile: from the first to the second."""
+    return table_ref[index, _FIELDS + 2 * tile], table_ref[index, _FIELDS + 2 * tile + 1]
+
+
+def make_tables(plan: TeamPlan, lengths: jax.Array, starts: jax.Array) -> dict[str, jax.Array]:
+    """Tables of the windows, in positions counted from the start of a row.
+
+    Args:
+      plan: the plan.
+      lengths: int32 [B, queries of the call].
+      starts: int32 [B, queries of the call].
+
+    Returns:
+      teams: int32 [B * levels, fields]: `Blocks`, then for each tile `inner_of`.
+      low, high: int32 [B, row_tiles, 64]: the windows of the rows of each tile; the rows past the
+        last query repeat it.
+    """
+    start, end = jnp.maximum(starts, 0), jnp.minimum(lengths, plan.S)
+    filled = end > start
+    start, end = jnp.where(filled, start, 0), jnp.where(filled, end, 0)
+    queries = plan.row_tiles * plan.queries
+    start, end = (padded(x, 1, queries, mode="edge") for x in (start, end))
+
+    by_tile = (plan.B, plan.levels, plan.tiles, plan.queries)
+    inner_low, inner_high = start.reshape(by_tile).max(axis=3), end.reshape(by_tile).min(axis=3)
+
+    by_team = (plan.B, plan.levels, plan.tiles * plan.queries)
+    s, e = start.reshape(by_team), end.reshape(by_team)
+    high = e.max(axis=2)
+    low = jnp.where(e > s, s, high[..., None]).min(axis=2)
+    # Windows that each touch the next have no gap between them.
+    apart = (s[..., 1:] > e[..., :-1]) | (s[..., :-1] > e[..., 1:])
+    gap = apart.any(axis=2) | (e <= s).any(axis=2)
+    base = plan.S * jnp.arange(plan.B, dtype=jnp.int32)[:, None]
+    first = (base + low) // SWIZZLE_ROWS * SWIZZLE_ROWS - base
+    count = jnp.where(high > 0, (high - first + (plan.T - 1)) // plan.T, 0)
+    fields = [first, count, low, high, gap.astype(jnp.int32)]
+    for tile in range(plan.tiles):
+        fields += [inner_low[..., tile], inner_high[..., tile]]
+
+    def of_rows(x: jax.Array) -> jax.Array:
+        x = x.reshape(plan.B, plan.row_tiles, 1, plan.queries)
+        shape = (plan.B, plan.row_tiles, plan.heads, plan.queries)
+        return jnp.broadcast_to(x, shape).reshape(plan.B, plan.row_tiles, WGMMA_ROWS)
+
+    teams = jnp.stack(fields, axis=-1).reshape(plan.B * plan.levels, len(fields))
+    return {"teams": teams, "low": of_rows(start), "high": of_rows(end)}

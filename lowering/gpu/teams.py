@@ -1,0 +1,391 @@
+"""The kernel for many queries: teams of tiles that share the blocks of keys and values.
+
+A CTA has three warpgroups. One copies; two compute, a tile [64 rows] each. CTAs stay for the
+whole run and take one team after another; copies for the next team run while the last is
+finished.
+
+    copying     | K0 V0 K1 V1 ...   | K0 V0 ...             as far ahead as there is room
+    computing 0 | QK.T  softmax  PV    QK.T  softmax  PV
+    computing 1 |       QK.T  softmax  PV    QK.T  softmax  one step behind: while one warpgroup
+                                                            uses the matrix unit, the other
+                                                            computes exponentials
+
+The blocks of a tile fall into three runs: those at the lower edge of its windows, those that lie
+in all of its windows, and those at the upper edge. Only edge blocks are masked.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_ragged.lowering._compat import mosaic_gpu_load
+from jax_ragged.lowering.gpu.launch import Refs, launch, padded, shared_rows
+from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS
+from jax_ragged.lowering.gpu.softmax import (
+    ROWS,
+    TILE,
+    Softmax,
+    down_rows,
+    inverse,
+    logits,
+    masked,
+    update,
+)
+from jax_ragged.lowering.gpu.team_plan import (
+    Blocks,
+    Team,
+    TeamPlan,
+    blocks_of,
+    inner_of,
+    make_tables,
+    team_of,
+    turns,
+)
+
+# Registers of a thread. The sum over warpgroups is what a multiprocessor has.
+_COPYING_REGISTERS, _COMPUTING_REGISTERS = 24, 240
+
+# What a warpgroup carries from block to block: the sum [64, Dv] of weighted values, and Softmax.
+_State = tuple[jax.Array, Softmax]
+
+
+def attend_in_teams(
+    plan: TeamPlan,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    starts: jax.Array,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes out [B, Q, Hq, Dv], max_logits and denominator [B, Q, Hq].
+
+    Args:
+      plan: the plan.
+      query: [B, Q, Hq, D].
+      key: [B * S, Hkv, D], the rows of the cache joined.
+      value: [B * S, Hkv, Dv].
+      lengths: int32 [B, Q].
+      starts: int32 [B, Q].
+      interpret: the parameters of JAX's interpreter, or None to run on a GPU.
+    """
+    Q = query.shape[1]
+    statistic = jax.ShapeDtypeStruct(
+        (plan.B, plan.head_groups, plan.row_tiles, WGMMA_ROWS), jnp.float32
+    )
+    results = launch(
+        functools.partial(_kernel, plan),
+        name="ragged_attention_teams",
+        ctas=plan.ctas,
+        warpgroups=plan.tiles + 1,
+        inputs={
+            **make_tables(plan, lengths, starts),
+            "query": padded(query, 1, plan.Q),
+            "key": key,
+            "value": value,
+        },
+        results={
+            "out": jax.ShapeDtypeStruct((plan.B, plan.Q, plan.Hq, plan.Dv), plan.out_dtype),
+            "max_logits": statistic,
+            "denominator": statistic,
+        },
+        scratch=_scratch_types(plan),
+        interpret=interpret,
+    )
+
+    def by_query(x: jax.Array) -> jax.Array:
+        x = x.reshape(plan.B, plan.head_groups, plan.row_tiles, plan.heads, plan.queries)
+        x = x.transpose(0, 2, 4, 1, 3)
+        return x.reshape(plan.B, plan.row_tiles * plan.queries, plan.Hq)[:, :Q]
+
+    max_logits, denominator = (by_query(results[name]) for name in ("max_logits", "denominator"))
+    out = results["out"] if plan.Q == Q else results["out"][:, :Q]
+    return out, max_logits, denominator
+
+
+def _scratch_types(plan: TeamPlan) -> dict[str, Any]:
+    per_tile = functools.partial(plgpu.Barrier, num_barriers=plan.tiles)
+    full = functools.partial(plgpu.Barrier, num_barriers=plan.stages)
+    return {
+        "query_tiles": shared_rows((plan.tiles, WGMMA_ROWS, plan.D), plan.dtype),
+        "key_blocks": shared_rows((plan.stages, plan.T, plan.D), plan.dtype),
+        "value_blocks": shared_rows((plan.stages, plan.T, plan.Dv), plan.dtype),
+        "out_tiles": shared_rows((plan.tiles, WGMMA_ROWS, plan.out_columns), plan.out_dtype),
+        "statistics": plgpu.SMEM((plan.tiles, 2, WGMMA_ROWS), jnp.float32),
+        "query_full": per_tile(num_arrivals=plan.heads),
+        "query_free": per_tile(),
+        "key_full": full(),
+        "value_full": full(),
+        "key_free": full(num_arrivals=plan.tiles),
+        "value_free": full(num_arrivals=plan.tiles),
+        "turn": plgpu.Barrier(num_arrivals=plan.tiles),
+    }
+
+
+def _kernel(plan: TeamPlan, refs: Refs) -> None:
+    """The kernel.
+
+    Refs:
+      teams: [B * levels, fields], low, high: [B, row_tiles, 64]: `make_tables`.
+      query: [B, Q, Hq, D].
+      key, value: [B * S, Hkv, D] and [B * S, Hkv, Dv].
+      out: [B, Q, Hq, Dv].
+      max_logits, denominator: [B, head_groups, row_tiles, 64].
+      the others: `_scratch_types`.
+    """
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg == plan.tiles)
+    def _() -> None:
+        plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
+        _copy(plan, refs)
+
+    @pl.when(wg < plan.tiles)
+    def _() -> None:
+        plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
+        _Warpgroup(plan, refs, wg).run()
+
+
+def _copy(plan: TeamPlan, refs: Refs) -> None:
+    """Starts all copies to shared memory, as far ahead as there is room."""
+
+    def team(turn: Any, step: Any) -> Any:
+        at = team_of(plan, turn)
+        blocks = blocks_of(refs.teams, at.row * plan.levels + at.level)
+        for tile in range(plan.tiles):
+            plgpu.barrier_wait(refs.query_free.at[tile])
+            first = _first_query(plan, at, tile)
+            for head in range(plan.heads):
+                plgpu.copy_gmem_to_smem(
+                    refs.query.at[at.row, pl.ds(first, plan.queries), at.group * plan.heads + head],
+                    refs.query_tiles.at[tile, pl.ds(head * plan.queries, plan.queries)],
+                    refs.query_full.at[tile],
+                )
+        kv_head = lax.div(at.group * plan.heads, plan.G)
+        first = at.row * plan.S + blocks.first
+
+        def block(i: Any, _: None) -> None:
+            slot = lax.rem(step + i, plan.stages)
+            positions = pl.ds(pl.multiple_of(first + i * plan.T, SWIZZLE_ROWS), plan.T)
+            for name in ("key", "value"):
+                plgpu.barrier_wait(refs[f"{name}_free"].at[slot])
+                plgpu.copy_gmem_to_smem(
+                    refs[name].at[positions, kv_head],
+                    refs[f"{name}_blocks"].at[slot],
+                    refs[f"{name}_full"].at[slot],
+                )
+
+        lax.fori_loop(0, blocks.count, block, None)
+        return step + blocks.count
+
+    lax.fori_loop(0, turns(plan), team, jnp.int32(0))
+    # The last arrivals at each barrier are waited for, so that none is left when the CTA ends.
+    for tile in range(plan.tiles):
+        plgpu.barrier_wait(refs.query_free.at[tile])
+    for slot in range(plan.stages):
+        plgpu.barrier_wait(refs.key_free.at[slot])
+        plgpu.barrier_wait(refs.value_free.at[slot])
+
+
+def _first_query(plan: TeamPlan, at: Team, tile: Any) -> Any:
+    return pl.multiple_of((at.level * plan.tiles + tile) * plan.queries, SWIZZLE_ROWS)
+
+
+def _add_product(total: jax.Array, p: jax.Array, values_ref: Any) -> jax.Array:
+    """Adds p [64, T] in registers times values [T, Dv] in shared memory to total [64, Dv]."""
+
+    def run(total_ref: Any) -> None:
+        plgpu.wgmma(total_ref, p, values_ref)
+
+    summed: jax.Array = pl.run_state(run)(plgpu.WGMMAAccumulatorRef.init(total))
+    return summed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Warpgroup:
+    """A computing warpgroup; `tile` is its number, and its tile's in each team."""
+
+    plan: TeamPlan
+    refs: Refs
+    tile: Any
+
+    def run(self) -> None:
+        """Computes this CTA's teams."""
+        plan, refs = self.plan, self.refs
+        # All shared memory is free at first.
+        plgpu.barrier_arrive(refs.query_free.at[self.tile])
+        for slot in range(plan.stages):
+            plgpu.barrier_arrive(refs.key_free.at[slot])
+            plgpu.barrier_arrive(refs.value_free.at[slot])
+        # Warpgroup 1 goes half a block behind warpgroup 0, from the first block to the last.
+        pl.when(self.tile == 1)(self._take_turns)
+        lax.fori_loop(0, turns(plan), self._team, jnp.int32(0))
+        pl.when(self.tile == 0)(self._take_turns)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _free_query(self) -> None:
+        plgpu.barrier_arrive(self.refs.query_free.at[self.tile])
+
+    def _take_turns(self) -> None:
+        """Lets the other warpgroup go on, and waits until it lets this one go on."""
+        plgpu.barrier_arrive(self.refs.turn)
+        plgpu.barrier_wait(self.refs.turn)
+
+    def _team(self, turn: Any, step: Any) -> Any:
+        """Computes one team's tile; step counts the blocks that this CTA read before it."""
+        plan, refs = self.plan, self.refs
+        at = team_of(plan, turn)
+        index = at.row * plan.levels + at.level
+        blocks = blocks_of(refs.teams, index)
+        inner_low, inner_high = inner_of(refs.teams, index, self.tile)
+        row_tile = at.level * plan.tiles + self.tile
+        windows = tuple(
+            mosaic_gpu_load(ref.at[at.row, row_tile], layout=ROWS, optimized=False)
+            for ref in (refs.low, refs.high)
+        )
+        plgpu.barrier_wait(refs.query_full.at[self.tile])
+        block = functools.partial(self._block, at, blocks, windows, step)
+        # Blocks [0, lower) and [upper, count) are at edges; the others lie in all windows.
+        lower = lax.div(inner_low - blocks.first + (plan.T - 1), plan.T)
+        lower = jnp.clip(lower, 0, blocks.count)
+        upper = lax.div(jnp.maximum(inner_high - blocks.first, 0), plan.T)
+        upper = jnp.clip(upper, lower, blocks.count)
+        zeros = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, plan.Dv), jnp.float32), TILE)
+        state: _State = (zeros, Softmax.empty(WGMMA_ROWS))
+        for begin, end, edge in (
+            (0, lower, True),
+            (lower, upper, False),
+            (upper, blocks.count, True),
+        ):
+            state = lax.fori_loop(begin, end, functools.partial(block, edge), state)
+        pl.when(blocks.count == 0)(self._free_query)
+        self._store(at, row_tile, state)
+        return step + blocks.count
+
+    def _block(
+        self,
+        at: Team,
+        blocks: Blocks,
+        windows: tuple[jax.Array, ...],
+        step: Any,
+        edge: bool,
+        i: Any,
+        state: _State,
+    ) -> _State:
+        """Takes one block into the state: a step of the streaming softmax."""
+        plan, refs = self.plan, self.refs
+        total, softmax = state
+        slot = lax.rem(step + i, plan.stages)
+        first = blocks.first + i * plan.T
+
+        plgpu.barrier_wait(refs.key_full.at[slot])
+
+        def dots(product_ref: Any) -> jax.Array:
+            keys = refs.key_blocks.at[slot].transpose((1, 0))
+            plgpu.wgmma(product_ref, refs.query_tiles.at[self.tile], keys)
+            self._take_turns()
+            product: jax.Array = product_ref[...]
+            return product
+
+        x = pl.run_scoped(dots, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, plan.T), jnp.float32))
+        plgpu.barrier_arrive(refs.key_free.at[slot])
+        # Not later: the next queries and keys are copied after this, and in its last block of a
+        # team warpgroup 1 waits for warpgroup 0, which waits for them.
+        pl.when(i == blocks.count - 1)(self._free_query)
+
+        if plan.scaled:
+            x = logits(plan.params, x)
+        if edge:
+            x = masked(x, first, *windows)
+        softmax, correction, p = update(plan.params, softmax, x, plan.scaled)
+        p = p.astype(plan.dtype)
+        total *= down_rows(correction, total.shape)
+        # The turn passes on when the softmax is finished, and not before.
+        total, softmax, p = lax.optimization_barrier((total, softmax, p))
+        plgpu.barrier_arrive(refs.turn)
+        plgpu.barrier_wait(refs.value_full.at[slot])
+        if edge:
+            self._zero_outside(at, blocks, first, slot)
+        plgpu.barrier_wait(refs.turn)
+        total = _add_product(total, p, refs.value_blocks.at[slot])
+        plgpu.barrier_arrive(refs.value_free.at[slot])
+        return total, softmax
+
+    def _zero_outside(self, at: Team, blocks: Blocks, first: Any, slot: Any) -> None:
+        """Zeros the values of an edge block that lie in no window of the team: 0 * NaN is NaN.
+
+        Both warpgroups do, and write the same: neither need wait for the other.
+        """
+        plan = self.plan
+        outside = (first < blocks.low) | (first + plan.T > blocks.high) | (blocks.gap != 0)
+
+        def zero(inside: Callable[[Any], jax.Array]) -> None:
+            # A warpgroup holds values in its registers by 64 positions.
+            for offset in range(0, plan.T, WGMMA_ROWS):
+                values_ref = self.refs.value_blocks.at[slot, pl.ds(offset, WGMMA_ROWS)]
+                position = first + offset
+                position += plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS)
+                values = mosaic_gpu_load(values_ref, layout=TILE)
+                keep = down_rows(inside(position), values.shape) != 0
+                values_ref[...] = jnp.where(keep, values, jnp.zeros((), values.dtype))
+
+        def in_hull(position: Any) -> jax.Array:
+            return jnp.where((position >= blocks.low) & (position < blocks.high), 1, 0)
+
+        @pl.when(outside)
+        def _() -> None:
+            pl.when(blocks.gap == 0)(lambda: zero(in_hull))
+            pl.when(blocks.gap != 0)(lambda: zero(functools.partial(self._windows_with, at)))
+            plgpu.commit_smem()
+
+    def _windows_with(self, at: Team, position: jax.Array) -> jax.Array:
+        """The number of the team's windows that hold each position."""
+        plan, refs = self.plan, self.refs
+
+        def query(i: Any, count: jax.Array) -> jax.Array:
+            row_tile = at.level * plan.tiles + lax.div(i, plan.queries)
+            place = (at.row, row_tile, lax.rem(i, plan.queries))
+            inside = (position >= refs.low[place]) & (position < refs.high[place])
+            return count + jnp.where(inside, 1, 0)
+
+        none = plgpu.layout_cast(jnp.zeros(position.shape, jnp.int32), ROWS)
+        total: jax.Array = lax.fori_loop(0, plan.tiles * plan.queries, query, none)
+        return total
+
+    def _store(self, at: Team, row_tile: Any, state: _State) -> None:
+        """Normalises and copies a tile's results to global memory."""
+        plan, refs = self.plan, self.refs
+        total, softmax = state
+        out = total * down_rows(inverse(softmax.denominator), total.shape)
+        first = _first_query(plan, at, self.tile)
+        # Copies of the tile before may still read the shared memory.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        refs.statistics[self.tile, 0] = softmax.max_logits(plan.params.mask_value)
+        refs.statistics[self.tile, 1] = softmax.denominator
+        for column in range(0, plan.Dv, plan.out_columns):
+            if column > 0:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            columns = out[:, column : column + plan.out_columns]
+            refs.out_tiles[self.tile] = columns.astype(plan.out_dtype)
+            plgpu.commit_smem()
+            for head in range(plan.heads):
+                plgpu.copy_smem_to_gmem(
+                    refs.out_tiles.at[self.tile, pl.ds(head * plan.queries, plan.queries)],
+                    refs.out.at[
+                        at.row,
+                        pl.ds(first, plan.queries),
+                        at.group * plan.heads + head,
+                        pl.ds(column, plan.out_columns),
+                    ],
+                )
+        for i, ref in enumerate((refs.max_logits, refs.denominator)):
+            plgpu.copy_smem_to_gmem(
+                refs.statistics.at[self.tile, i], ref.at[at.row, at.group, row_tile]
+            )
