@@ -65,8 +65,8 @@ def attend(plan: Plan, refs: Refs) -> None:
         plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
         stream = wg - plan.streams
         part = part_of(plan, tables, stream)
-        _write_split(plan, refs, tables, part)
         _copy(plan, refs, tables, stream, part)
+        _write_split(plan, refs, tables, part)
 
     @pl.when(wg < plan.streams)
     def _() -> None:
@@ -295,7 +295,7 @@ def _store_results(
     """Normalises a tile's results and copies them to global memory."""
     sums, softmax = state
     factor = inverse(softmax.denominator)
-    staging = refs[_staging(plan)].at[stream]
+    staging = refs.out_tiles.at[stream] if plan.narrow_out else refs.sum_tiles.at[stream]
     rows = _tile_rows(plan, segment)
     refs.statistics[stream, 0] = softmax.max_logits(plan.params.mask_value)
     refs.statistics[stream, 1] = softmax.denominator
@@ -323,14 +323,15 @@ def _store_partial(plan: Plan, refs: Refs, stream: Any, partial: Any, state: _St
     refs.statistics[stream, 0] = softmax.maximum
     refs.statistics[stream, 1] = softmax.denominator
     for i, x in enumerate(sums):
-        if i > 0:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        refs.sum_tiles[stream] = x
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            refs.sum_tiles.at[stream, rows],
-            refs.accumulators.at[partial, :, pl.ds(i * plan.chunk, plan.chunk)],
-        )
+        for column in range(0, plan.chunk, plan.sum_columns):
+            if i + column > 0:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            refs.sum_tiles[stream] = x[:, column : column + plan.sum_columns]
+            plgpu.commit_smem()
+            columns = pl.ds(i * plan.chunk + column, plan.sum_columns)
+            plgpu.copy_smem_to_gmem(
+                refs.sum_tiles.at[stream, rows], refs.accumulators.at[partial, :, columns]
+            )
     for i, ref in enumerate((refs.maxima, refs.denominators)):
         plgpu.copy_smem_to_gmem(refs.statistics.at[stream, i, rows], ref.at[partial])
 
@@ -370,23 +371,16 @@ def _zero_outside(plan: Plan, windows: _Windows, values_ref: Any, first: Any) ->
     plgpu.commit_smem()
 
 
-def _staging(plan: Plan) -> str:
-    """The shared memory through which results go: float32 ones the same way as partial ones."""
-    return "sum_tiles" if plan.out_dtype == jnp.float32 else "out_tiles"
-
-
 def scratch_types(plan: Plan) -> dict[str, Any]:
     """The shared memory and the barriers of the kernel."""
     slots = plan.streams * plan.stages
     barrier = functools.partial(plgpu.Barrier, num_barriers=slots)
     query_barrier = functools.partial(plgpu.Barrier, num_barriers=plan.streams)
-    results = (plan.streams, WGMMA_ROWS, plan.chunk)
     scratch = {
         "query_tiles": shared_rows((plan.streams, WGMMA_ROWS, plan.D), plan.dtype),
         "key_blocks": shared_rows((slots, plan.T, plan.D), plan.dtype),
         "value_blocks": shared_rows((slots, plan.T, plan.Dv), plan.dtype),
-        _staging(plan): shared_rows(results, plan.out_dtype),
-        "sum_tiles": shared_rows(results, jnp.float32),
+        "sum_tiles": shared_rows((plan.streams, WGMMA_ROWS, plan.sum_columns), jnp.float32),
         "statistics": plgpu.SMEM((plan.streams, 2, WGMMA_ROWS), jnp.float32),
         "query_full": query_barrier(),
         "query_free": query_barrier(),
@@ -395,6 +389,9 @@ def scratch_types(plan: Plan) -> dict[str, Any]:
         "value_full": barrier(num_arrivals=plan.T // COPIED),
         "value_free": barrier(),
     }
+    if plan.narrow_out:
+        out = (plan.streams, WGMMA_ROWS, plan.chunk)
+        scratch["out_tiles"] = shared_rows(out, plan.out_dtype)
     if plan.tables_in_shared_memory:
         table = (plan.tables, plan.lines, ceil_to(plan.line_size, 32))
         scratch["tables"] = plgpu.SMEM(table, jnp.int32)

@@ -20,9 +20,6 @@ _CHUNK = 128
 COPIED = 16
 # Multiprocessors of an H100 or H200. The kernels are right for any number.
 MULTIPROCESSORS = 132
-# CTAs that run at once. Four multiprocessors are left: with all of them, short rows are 4 %
-# faster, all others up to 2 % slower.
-_CTAS = 128
 SHARED_MEMORY = 227 * 1024
 # Of shared memory, for the tables, if they fit.
 _TABLES_BYTES = 20 * 1024
@@ -131,6 +128,16 @@ class Plan:
         return _chunk(self.Dv, self.dtype)
 
     @property
+    def narrow_out(self) -> bool:
+        """Whether results have 16 bits. Then they have shared memory of their own."""
+        return bool(self.out_dtype.itemsize == 2)
+
+    @property
+    def sum_columns(self) -> int:
+        """Columns of partial results that are copied out at once."""
+        return self.chunk // 2 if self.narrow_out else self.chunk
+
+    @property
     def query_step(self) -> int:
         """Rows r of a tile with the same r // query_step are of one query."""
         return self.G if self.row_tiles == 1 else math.gcd(self.G, WGMMA_ROWS)
@@ -158,15 +165,13 @@ def make_plan(
     # Registers hold two accumulators of 128 columns; many parts give many partial results.
     streams = 2 if Dv <= _CHUNK and 4 < columns else 1
     itemsize = jnp.dtype(query.dtype).itemsize
-    # Beside the query: the accumulator, and results in another dtype.
-    out_size = jnp.dtype(out_dtype).itemsize
-    results = _chunk(Dv, query.dtype) * (4 if out_size == 4 else 4 + out_size)
     left = (SHARED_MEMORY - _TABLES_BYTES - 4 * 1024) // streams
-    left -= WGMMA_ROWS * (D * itemsize + results)
+    # A query, and 32 bits for each column of a chunk of results: half of them for partial ones.
+    left -= WGMMA_ROWS * (D * itemsize + _chunk(Dv, query.dtype) * 4)
     stages = left // (T * (D + Dv) * itemsize)
     return Plan(
         B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
-        T, streams, min(stages, 4), _parts(columns, streams * _CTAS),
+        T, streams, min(stages, 4), _parts(columns, streams * MULTIPROCESSORS),
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ gets the longer one every time.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,8 +111,7 @@ class TeamPlan:
         return self.params.logits_soft_cap is not None or self.params.softmax_scale <= 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Team:
+class Team(NamedTuple):
     """A team's place.
 
     Attributes:
@@ -125,8 +125,7 @@ class Team:
     level: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """The blocks of a team, positions counted from the start of its row.
 
     Attributes:
@@ -146,7 +145,7 @@ class Blocks:
 
 # The columns of the table after those of `Blocks`: for each tile the bounds of the positions that
 # lie in all of its windows.
-_FIELDS = len(dataclasses.fields(Blocks))
+_FIELDS = len(Blocks._fields)
 
 
 def out_columns(columns: int, dtype: Any) -> int:
@@ -169,7 +168,7 @@ def make_team_plan(
     S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
     G = Hq // Hkv
     itemsize: int = jnp.dtype(query.dtype).itemsize
-    padded = ceil_to(Q, SWIZZLE_ROWS)
+    whole = ceil_to(Q, SWIZZLE_ROWS)
     if Q * G <= WGMMA_ROWS:
         return None  # one tile of the other schedule holds all rows that share a KV head
 
@@ -183,7 +182,7 @@ def make_team_plan(
     # Registers hold the logits of 128 positions beside up to 128 columns of the sum.
     sizes = [T for T in _BLOCK_SIZES if params.block_size in (None, T)]
     sizes = [T for T in sizes if blocks(T) > 1 and (T == 64 or Dv <= 128) and B * S >= T]
-    heads = [n for n in (1, 2, 4, 8) if G % n == 0 and WGMMA_ROWS // n <= padded]
+    heads = [n for n in (1, 2, 4, 8) if G % n == 0 and WGMMA_ROWS // n <= whole]
     if not sizes or not heads:
         return None
 
@@ -192,15 +191,15 @@ def make_team_plan(
         return ceil_to(Q, 2 * WGMMA_ROWS // n)
 
     plan = TeamPlan(
-        B, padded, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
+        B, whole, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
         T=sizes[0], heads=min(heads, key=wasted), stages=blocks(sizes[0]),
     )  # fmt: skip
     return plan if plan.teams >= _FEWEST_TEAMS else None
 
 
 def team_of(plan: TeamPlan, turn: Any) -> Team:
-    """The team that this CTA computes in its turn."""
-    number = turn * plan.ctas + place(plan, turn)
+    """The team that this CTA computes in its turn; after the last turn, any team."""
+    number = jnp.minimum(turn * plan.ctas + place(plan, turn), plan.teams - 1)
     of_level = plan.B * plan.head_groups
     level = plan.levels - 1 - lax.div(number, of_level)
     index = lax.rem(number, of_level)
@@ -239,30 +238,51 @@ def make_tables(plan: TeamPlan, lengths: jax.Array, starts: jax.Array) -> dict[s
 
     Returns:
       teams: int32 [B * levels, fields]: `Blocks`, then for each tile `inner_of`.
-      low, high: int32 [B, row_tiles, 64]: the windows of the rows of each tile; the rows past the
-        last query repeat it.
+      starts, lengths: int32 [B, row_tiles, 64], of the rows of each tile, as the caller gave them;
+        the rows past the last query repeat it.
     """
+    queries = plan.row_tiles * plan.queries
+    starts, lengths = (padded(x, 1, queries, mode="edge") for x in (starts, lengths))
     start, end = jnp.maximum(starts, 0), jnp.minimum(lengths, plan.S)
     filled = end > start
     start, end = jnp.where(filled, start, 0), jnp.where(filled, end, 0)
-    queries = plan.row_tiles * plan.queries
-    start, end = (padded(x, 1, queries, mode="edge") for x in (start, end))
 
-    by_tile = (plan.B, plan.levels, plan.tiles, plan.queries)
-    inner_low, inner_high = start.reshape(by_tile).max(axis=3), end.reshape(by_tile).min(axis=3)
+    def following(x: jax.Array) -> jax.Array:
+        """The next query's entry."""
+        return lax.pad(x, jnp.int32(0), ((0, 0, 0), (-1, 1, 0)))
 
-    by_team = (plan.B, plan.levels, plan.tiles * plan.queries)
-    s, e = start.reshape(by_team), end.reshape(by_team)
-    high = e.max(axis=2)
-    low = jnp.where(e > s, s, high[..., None]).min(axis=2)
-    # Windows that each touch the next have no gap between them.
-    apart = (s[..., 1:] > e[..., :-1]) | (s[..., :-1] > e[..., 1:])
-    gap = apart.any(axis=2) | (e <= s).any(axis=2)
+    # Windows that each touch the next have no gap between them. A team's last query has no next.
+    apart = (following(start) > end) | (start > following(end))
+    of_team = plan.tiles * plan.queries
+    apart &= jnp.arange(queries) % of_team != of_team - 1
+    gap = (apart | ~filled).astype(jnp.int32)
+    by_tile = (plan.B, plan.row_tiles, plan.queries)
+    least = jnp.where(filled, start, plan.S)
+    # One reduction with several results is one kernel.
+    high, low, inner_low, inner_high, gap = lax.reduce(
+        tuple(x.reshape(by_tile) for x in (end, least, start, end, gap)),
+        tuple(map(jnp.int32, (0, plan.S, 0, plan.S, 0))),
+        lambda x, y: (
+            jnp.maximum(x[0], y[0]),
+            jnp.minimum(x[1], y[1]),
+            jnp.maximum(x[2], y[2]),
+            jnp.minimum(x[3], y[3]),
+            jnp.maximum(x[4], y[4]),
+        ),
+        (2,),
+    )
+    high, low, inner_low, inner_high, gap = (
+        x.reshape(plan.B, plan.levels, plan.tiles) for x in (high, low, inner_low, inner_high, gap)
+    )
+    tiles = range(plan.tiles)
+    high = functools.reduce(jnp.maximum, (high[..., i] for i in tiles))
+    low = jnp.minimum(functools.reduce(jnp.minimum, (low[..., i] for i in tiles)), high)
+    gap = functools.reduce(jnp.maximum, (gap[..., i] for i in tiles))
     base = plan.S * jnp.arange(plan.B, dtype=jnp.int32)[:, None]
     first = (base + low) // SWIZZLE_ROWS * SWIZZLE_ROWS - base
     count = jnp.where(high > 0, (high - first + (plan.T - 1)) // plan.T, 0)
-    fields = [first, count, low, high, gap.astype(jnp.int32)]
-    for tile in range(plan.tiles):
+    fields = [*Blocks(first, count, low, high, gap)]
+    for tile in tiles:
         fields += [inner_low[..., tile], inner_high[..., tile]]
 
     def of_rows(x: jax.Array) -> jax.Array:
@@ -271,4 +291,4 @@ def make_tables(plan: TeamPlan, lengths: jax.Array, starts: jax.Array) -> dict[s
         return jnp.broadcast_to(x, shape).reshape(plan.B, plan.row_tiles, WGMMA_ROWS)
 
     teams = jnp.stack(fields, axis=-1).reshape(plan.B * plan.levels, len(fields))
-    return {"teams": teams, "low": of_rows(start), "high": of_rows(end)}
+    return {"teams": teams, "starts": of_rows(starts), "lengths": of_rows(lengths)}

@@ -17,7 +17,7 @@ in all of its windows, and those at the upper edge. Only edge blocks are masked.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ def _kernel(plan: TeamPlan, refs: Refs) -> None:
     """The kernel.
 
     Refs:
-      teams: [B * levels, fields], low, high: [B, row_tiles, 64]: `make_tables`.
+      teams: [B * levels, fields], starts, lengths: [B, row_tiles, 64]: `make_tables`.
       query: [B, Q, Hq, D].
       key, value: [B * S, Hkv, D] and [B * S, Hkv, Dv].
       out: [B, Q, Hq, Dv].
@@ -156,9 +156,7 @@ def _kernel(plan: TeamPlan, refs: Refs) -> None:
 def _copy(plan: TeamPlan, refs: Refs) -> None:
     """Starts all copies to shared memory, as far ahead as there is room."""
 
-    def team(turn: Any, step: Any) -> Any:
-        at = team_of(plan, turn)
-        blocks = blocks_of(refs.teams, at.row * plan.levels + at.level)
+    def copy_queries(at: Team) -> None:
         for tile in range(plan.tiles):
             plgpu.barrier_wait(refs.query_free.at[tile])
             first = _first_query(plan, at, tile)
@@ -168,6 +166,10 @@ def _copy(plan: TeamPlan, refs: Refs) -> None:
                     refs.query_tiles.at[tile, pl.ds(head * plan.queries, plan.queries)],
                     refs.query_full.at[tile],
                 )
+
+    def team(turn: Any, step: Any) -> Any:
+        at = team_of(plan, turn)
+        blocks = blocks_of(refs.teams, at.row * plan.levels + at.level)
         kv_head = lax.div(at.group * plan.heads, plan.G)
         first = at.row * plan.S + blocks.first
 
@@ -181,8 +183,11 @@ def _copy(plan: TeamPlan, refs: Refs) -> None:
                     refs[f"{name}_blocks"].at[slot],
                     refs[f"{name}_full"].at[slot],
                 )
+            # Behind the first block, which need not wait until the last queries are used.
+            pl.when(i == 0)(lambda: copy_queries(at))
 
         lax.fori_loop(0, blocks.count, block, None)
+        pl.when(blocks.count == 0)(lambda: copy_queries(at))
         return step + blocks.count
 
     lax.fori_loop(0, turns(plan), team, jnp.int32(0))
@@ -208,6 +213,22 @@ def _add_product(total: jax.Array, p: jax.Array, values_ref: Any) -> jax.Array:
     return summed
 
 
+class _Task(NamedTuple):
+    """What a warpgroup has to do for a team.
+
+    Attributes:
+      at: the team's place.
+      blocks: the team's blocks.
+      windows: the first position and the end of each row's window, [64] each, clipped to the cache.
+      inner: the positions that lie in all of them: from the first to the second.
+    """
+
+    at: Team
+    blocks: Blocks
+    windows: tuple[jax.Array, jax.Array]
+    inner: tuple[Any, Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Warpgroup:
     """A computing warpgroup; `tile` is its number, and its tile's in each team."""
@@ -224,9 +245,10 @@ class _Warpgroup:
         for slot in range(plan.stages):
             plgpu.barrier_arrive(refs.key_free.at[slot])
             plgpu.barrier_arrive(refs.value_free.at[slot])
-        # Warpgroup 1 goes half a block behind warpgroup 0, from the first block to the last.
+        # Both pass on the turn twice in a block and once in a team. Warpgroup 1 goes half a block
+        # behind: it takes one turn more at the start, and the other one more at the end.
         pl.when(self.tile == 1)(self._take_turns)
-        lax.fori_loop(0, turns(plan), self._team, jnp.int32(0))
+        lax.fori_loop(0, turns(plan), self._team, (jnp.int32(0), self._look_up(0)))
         pl.when(self.tile == 0)(self._take_turns)
         plgpu.wait_smem_to_gmem(0)
 
@@ -238,20 +260,29 @@ class _Warpgroup:
         plgpu.barrier_arrive(self.refs.turn)
         plgpu.barrier_wait(self.refs.turn)
 
-    def _team(self, turn: Any, step: Any) -> Any:
-        """Computes one team's tile; step counts the blocks that this CTA read before it."""
+    def _look_up(self, turn: Any) -> _Task:
+        """Loads a team's table entries and its tile's windows."""
         plan, refs = self.plan, self.refs
         at = team_of(plan, turn)
         index = at.row * plan.levels + at.level
-        blocks = blocks_of(refs.teams, index)
-        inner_low, inner_high = inner_of(refs.teams, index, self.tile)
         row_tile = at.level * plan.tiles + self.tile
-        windows = tuple(
+        start, length = (
             mosaic_gpu_load(ref.at[at.row, row_tile], layout=ROWS, optimized=False)
-            for ref in (refs.low, refs.high)
+            for ref in (refs.starts, refs.lengths)
         )
+        windows = jnp.maximum(start, 0), jnp.minimum(length, plan.S)
+        inner = inner_of(refs.teams, index, self.tile)
+        return _Task(at, blocks_of(refs.teams, index), windows, inner)
+
+    def _team(self, turn: Any, carry: tuple[Any, _Task]) -> tuple[Any, _Task]:
+        """Computes one team's tile; the count of blocks that this CTA read before it is carried."""
+        plan, refs = self.plan, self.refs
+        step, task = carry
+        # Already now, so that the next team need not wait for it.
+        following = self._look_up(turn + 1)
+        blocks, (inner_low, inner_high) = task.blocks, task.inner
         plgpu.barrier_wait(refs.query_full.at[self.tile])
-        block = functools.partial(self._block, at, blocks, windows, step)
+        block = functools.partial(self._block, task, step)
         # Blocks [0, lower) and [upper, count) are at edges; the others lie in all windows.
         lower = lax.div(inner_low - blocks.first + (plan.T - 1), plan.T)
         lower = jnp.clip(lower, 0, blocks.count)
@@ -266,21 +297,16 @@ class _Warpgroup:
         ):
             state = lax.fori_loop(begin, end, functools.partial(block, edge), state)
         pl.when(blocks.count == 0)(self._free_query)
-        self._store(at, row_tile, state)
-        return step + blocks.count
+        # The other warpgroup goes on meanwhile.
+        plgpu.barrier_arrive(refs.turn)
+        self._store(task.at, state)
+        plgpu.barrier_wait(refs.turn)
+        return step + blocks.count, following
 
-    def _block(
-        self,
-        at: Team,
-        blocks: Blocks,
-        windows: tuple[jax.Array, ...],
-        step: Any,
-        edge: bool,
-        i: Any,
-        state: _State,
-    ) -> _State:
+    def _block(self, task: _Task, step: Any, edge: bool, i: Any, state: _State) -> _State:
         """Takes one block into the state: a step of the streaming softmax."""
         plan, refs = self.plan, self.refs
+        blocks = task.blocks
         total, softmax = state
         slot = lax.rem(step + i, plan.stages)
         first = blocks.first + i * plan.T
@@ -303,7 +329,7 @@ class _Warpgroup:
         if plan.scaled:
             x = logits(plan.params, x)
         if edge:
-            x = masked(x, first, *windows)
+            x = masked(x, first, *task.windows)
         softmax, correction, p = update(plan.params, softmax, x, plan.scaled)
         p = p.astype(plan.dtype)
         total *= down_rows(correction, total.shape)
@@ -312,7 +338,7 @@ class _Warpgroup:
         plgpu.barrier_arrive(refs.turn)
         plgpu.barrier_wait(refs.value_full.at[slot])
         if edge:
-            self._zero_outside(at, blocks, first, slot)
+            self._zero_outside(task.at, blocks, first, slot)
         plgpu.barrier_wait(refs.turn)
         total = _add_product(total, p, refs.value_blocks.at[slot])
         plgpu.barrier_arrive(refs.value_free.at[slot])
@@ -352,19 +378,24 @@ class _Warpgroup:
         def query(i: Any, count: jax.Array) -> jax.Array:
             row_tile = at.level * plan.tiles + lax.div(i, plan.queries)
             place = (at.row, row_tile, lax.rem(i, plan.queries))
-            inside = (position >= refs.low[place]) & (position < refs.high[place])
+            start, end = (
+                jnp.maximum(refs.starts[place], 0),
+                jnp.minimum(refs.lengths[place], plan.S),
+            )
+            inside = (position >= start) & (position < end)
             return count + jnp.where(inside, 1, 0)
 
         none = plgpu.layout_cast(jnp.zeros(position.shape, jnp.int32), ROWS)
         total: jax.Array = lax.fori_loop(0, plan.tiles * plan.queries, query, none)
         return total
 
-    def _store(self, at: Team, row_tile: Any, state: _State) -> None:
+    def _store(self, at: Team, state: _State) -> None:
         """Normalises and copies a tile's results to global memory."""
         plan, refs = self.plan, self.refs
         total, softmax = state
         out = total * down_rows(inverse(softmax.denominator), total.shape)
         first = _first_query(plan, at, self.tile)
+        row_tile = at.level * plan.tiles + self.tile
         # Copies of the tile before may still read the shared memory.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         refs.statistics[self.tile, 0] = softmax.max_logits(plan.params.mask_value)
