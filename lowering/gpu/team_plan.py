@@ -197,25 +197,25 @@ def make_team_plan(
     return plan if plan.teams >= _FEWEST_TEAMS else None
 
 
-def team_of(plan: TeamPlan, turn: Any) -> Team:
-    """The team that this CTA computes in its turn; after the last turn, any team."""
-    number = jnp.minimum(turn * plan.ctas + place(plan, turn), plan.teams - 1)
+def team_of(plan: TeamPlan, n: Any) -> Team:
+    """The n-th team of this CTA; past its last one, any team."""
+    number = jnp.minimum(n * plan.ctas + _place(plan, n), plan.teams - 1)
     of_level = plan.B * plan.head_groups
     level = plan.levels - 1 - lax.div(number, of_level)
     index = lax.rem(number, of_level)
     return Team(lax.div(index, plan.head_groups), lax.rem(index, plan.head_groups), level)
 
 
-def place(plan: TeamPlan, turn: Any) -> Any:
-    """The place of this CTA among the teams of a turn; every other turn runs backwards."""
+def _place(plan: TeamPlan, n: Any) -> Any:
+    """The place of this CTA's n-th team among all n-th teams, which run backwards for odd n."""
     cta = lax.axis_index("cta")
-    return jnp.where(lax.rem(turn, 2) == 0, cta, plan.ctas - 1 - cta)
+    return jnp.where(lax.rem(n, 2) == 0, cta, plan.ctas - 1 - cta)
 
 
-def turns(plan: TeamPlan) -> Any:
+def count_of_teams(plan: TeamPlan) -> Any:
     """The number of teams that this CTA computes."""
     whole, rest = divmod(plan.teams, plan.ctas)
-    return whole + jnp.where(place(plan, jnp.int32(whole)) < rest, 1, 0)
+    return whole + jnp.where(_place(plan, jnp.int32(whole)) < rest, 1, 0)
 
 
 def blocks_of(table_ref: Any, index: Any) -> Blocks:

@@ -43,10 +43,10 @@ from jax_ragged.lowering.gpu.team_plan import (
     Team,
     TeamPlan,
     blocks_of,
+    count_of_teams,
     inner_of,
     make_tables,
     team_of,
-    turns,
 )
 
 # Registers of a thread. The sum over warpgroups is what a multiprocessor has.
@@ -167,8 +167,8 @@ def _copy(plan: TeamPlan, refs: Refs) -> None:
                     refs.query_full.at[tile],
                 )
 
-    def team(turn: Any, step: Any) -> Any:
-        at = team_of(plan, turn)
+    def team(n: Any, step: Any) -> Any:
+        at = team_of(plan, n)
         blocks = blocks_of(refs.teams, at.row * plan.levels + at.level)
         kv_head = lax.div(at.group * plan.heads, plan.G)
         first = at.row * plan.S + blocks.first
@@ -190,7 +190,7 @@ def _copy(plan: TeamPlan, refs: Refs) -> None:
         pl.when(blocks.count == 0)(lambda: copy_queries(at))
         return step + blocks.count
 
-    lax.fori_loop(0, turns(plan), team, jnp.int32(0))
+    lax.fori_loop(0, count_of_teams(plan), team, jnp.int32(0))
     # The last arrivals at each barrier are waited for, so that none is left when the CTA ends.
     for tile in range(plan.tiles):
         plgpu.barrier_wait(refs.query_free.at[tile])
@@ -248,7 +248,7 @@ class _Warpgroup:
         # Both pass on the turn twice in a block and once in a team. Warpgroup 1 goes half a block
         # behind: it takes one turn more at the start, and the other one more at the end.
         pl.when(self.tile == 1)(self._take_turns)
-        lax.fori_loop(0, turns(plan), self._team, (jnp.int32(0), self._look_up(0)))
+        lax.fori_loop(0, count_of_teams(plan), self._team, (jnp.int32(0), self._look_up(0)))
         pl.when(self.tile == 0)(self._take_turns)
         plgpu.wait_smem_to_gmem(0)
 
@@ -260,10 +260,10 @@ class _Warpgroup:
         plgpu.barrier_arrive(self.refs.turn)
         plgpu.barrier_wait(self.refs.turn)
 
-    def _look_up(self, turn: Any) -> _Task:
+    def _look_up(self, n: Any) -> _Task:
         """Loads a team's table entries and its tile's windows."""
         plan, refs = self.plan, self.refs
-        at = team_of(plan, turn)
+        at = team_of(plan, n)
         index = at.row * plan.levels + at.level
         row_tile = at.level * plan.tiles + self.tile
         start, length = (
@@ -274,12 +274,12 @@ class _Warpgroup:
         inner = inner_of(refs.teams, index, self.tile)
         return _Task(at, blocks_of(refs.teams, index), windows, inner)
 
-    def _team(self, turn: Any, carry: tuple[Any, _Task]) -> tuple[Any, _Task]:
+    def _team(self, n: Any, carry: tuple[Any, _Task]) -> tuple[Any, _Task]:
         """Computes one team's tile; the count of blocks that this CTA read before it is carried."""
         plan, refs = self.plan, self.refs
         step, task = carry
         # Already now, so that the next team need not wait for it.
-        following = self._look_up(turn + 1)
+        following = self._look_up(n + 1)
         blocks, (inner_low, inner_high) = task.blocks, task.inner
         plgpu.barrier_wait(refs.query_full.at[self.tile])
         block = functools.partial(self._block, task, step)
