@@ -12,16 +12,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu.launch import Refs, shared_rows
-from jax_ragged.lowering.gpu.plan import COPIED, SWIZZLE_ROWS, WGMMA_ROWS, Plan, ceil_to
+from jax_ragged.lowering.gpu.plan import COPIED, SWIZZLE_ROWS, WGMMA_ROWS, Plan
 from jax_ragged.lowering.gpu.schedule import (
     Column,
     Part,
     Segment,
     Tables,
+    count_of_blocks,
     for_segments,
+    joined,
     part_of,
-    scan_blocks,
     split_before,
+    sum_blocks,
 )
 from jax_ragged.lowering.gpu.softmax import (
     ROWS,
@@ -77,6 +79,8 @@ def attend(plan: Plan, refs: Refs) -> None:
 def _share_tables(plan: Plan, refs: Refs) -> Tables:
     """Copies the bounds to shared memory and makes the table of blocks there."""
     tables = Tables.of(plan, refs.tables, refs.tables.at[plan.bounds])
+    # Not in place: a warp that adds must not overtake one that still reads.
+    counts = refs.tables.at[plan.bounds + 1]
     rows = pl.ds(0, plan.line_size)
 
     @pl.when(lax.axis_index("wg") == plan.streams)
@@ -88,11 +92,23 @@ def _share_tables(plan: Plan, refs: Refs) -> Tables:
                 )
         plgpu.barrier_wait(refs.bounds_full)
         for line in range(plan.lines):
-            scan_blocks(plan, tables, line)
+            _count_blocks(plan, tables, counts, line)
+        plgpu.commit_smem()
+        for line in range(plan.lines):
+            sum_blocks(plan, tables, counts, line)
         plgpu.barrier_arrive(refs.blocks_full)
 
     plgpu.barrier_wait(refs.blocks_full)
     return tables
+
+
+def _count_blocks(plan: Plan, tables: Tables, counts: Any, line: int) -> None:
+    """Writes the number of blocks of each row to counts [lines, rows], all rows at a time."""
+    shape = (plan.table_columns,)
+    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=plan.table_columns // 128)
+    start, end = (mosaic_gpu_load(x.at[line], layout=layout) for x in (tables.start, tables.end))
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+    counts[line] = count_of_blocks(plan, *joined(plan, row, start, end))
 
 
 def _write_split(plan: Plan, refs: Refs, tables: Tables, part: Part) -> None:
@@ -290,7 +306,7 @@ def _block(
 
 
 def _store_results(
-    plan: Plan, refs: Refs, stream: Any, column: Column, segment: Segment, state: _State
+    plan: Plan, refs: Refs, stream: Any, place: Column, segment: Segment, state: _State
 ) -> None:
     """Normalises a tile's results and copies them to global memory."""
     sums, softmax = state
@@ -300,19 +316,21 @@ def _store_results(
     refs.statistics[stream, 0] = softmax.max_logits(plan.params.mask_value)
     refs.statistics[stream, 1] = softmax.denominator
     for i, x in enumerate(sums):
-        if i > 0:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        staging[...] = (x * down_rows(factor, x.shape)).astype(plan.out_dtype)
-        plgpu.commit_smem()
-        columns = pl.ds(i * plan.chunk, plan.chunk)
-        plgpu.copy_smem_to_gmem(
-            staging.at[pl.ds(0, plan.tile_rows)],
-            refs.out.at[segment.row, column.number, rows, columns],
-        )
+        x *= down_rows(factor, x.shape)
+        for column in range(0, plan.chunk, plan.out_columns):
+            if i + column > 0:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staging[...] = x[:, column : column + plan.out_columns].astype(plan.out_dtype)
+            plgpu.commit_smem()
+            columns = pl.ds(i * plan.chunk + column, plan.out_columns)
+            plgpu.copy_smem_to_gmem(
+                staging.at[pl.ds(0, plan.tile_rows)],
+                refs.out.at[segment.row, place.number, rows, columns],
+            )
     for i, ref in enumerate((refs.max_logits, refs.denominator)):
         plgpu.copy_smem_to_gmem(
             refs.statistics.at[stream, i, pl.ds(0, plan.tile_rows)],
-            ref.at[segment.row, column.number],
+            ref.at[segment.row, place.number],
         )
 
 
@@ -390,10 +408,10 @@ def scratch_types(plan: Plan) -> dict[str, Any]:
         "value_free": barrier(),
     }
     if plan.narrow_out:
-        out = (plan.streams, WGMMA_ROWS, plan.chunk)
+        out = (plan.streams, WGMMA_ROWS, plan.out_columns)
         scratch["out_tiles"] = shared_rows(out, plan.out_dtype)
     if plan.tables_in_shared_memory:
-        table = (plan.tables, plan.lines, ceil_to(plan.line_size, 32))
+        table = (plan.tables, plan.lines, plan.table_columns)
         scratch["tables"] = plgpu.SMEM(table, jnp.int32)
         scratch["bounds_full"] = plgpu.Barrier(num_arrivals=plan.bounds * plan.lines)
         scratch["blocks_full"] = plgpu.Barrier()

@@ -22,7 +22,10 @@ COPIED = 16
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
 # Of shared memory, for the tables, if they fit.
-_TABLES_BYTES = 20 * 1024
+_TABLES_BYTES = 16 * 1024
+# Bytes of keys and values that a stream has in flight. More make it slower: 16 rows of S = 16384
+# with 16/1 heads take 25.2 us with 128 KiB, 23.9 with 64.
+_IN_FLIGHT = 64 * 1024
 
 
 def ceil_to(x: int, multiple: int) -> int:
@@ -35,6 +38,7 @@ class Plan:
 
     Attributes:
       T: positions in a block.
+      pieces: pieces in which a chunk of results is copied out. More save shared memory.
       streams: streams of a CTA.
       stages: blocks of keys and of values that a stream has in flight.
       parts: parts of the line of blocks.
@@ -51,6 +55,7 @@ class Plan:
     out_dtype: Any
     params: RaggedAttentionParams
     T: int
+    pieces: int
     streams: int
     stages: int
     parts: int
@@ -104,8 +109,8 @@ class Plan:
 
     @property
     def tables(self) -> int:
-        """The tables of bounds, and that of blocks."""
-        return self.bounds + 1
+        """The tables of bounds, that of blocks, and one for making it."""
+        return self.bounds + 2
 
     @property
     def lines(self) -> int:
@@ -118,8 +123,13 @@ class Plan:
         return ceil_to(self.B, 4)
 
     @property
+    def table_columns(self) -> int:
+        """The rows of a table in shared memory, in whole units of a warpgroup's threads."""
+        return ceil_to(self.line_size, 128)
+
+    @property
     def tables_in_shared_memory(self) -> bool:
-        size = self.tables * self.lines * ceil_to(self.line_size, 32) * 4
+        size = self.tables * self.lines * self.table_columns * 4
         return size <= _TABLES_BYTES and self.lines <= 8
 
     @property
@@ -133,9 +143,14 @@ class Plan:
         return bool(self.out_dtype.itemsize == 2)
 
     @property
+    def out_columns(self) -> int:
+        """Columns of results that are copied out at once."""
+        return self.chunk // self.pieces
+
+    @property
     def sum_columns(self) -> int:
-        """Columns of partial results that are copied out at once."""
-        return self.chunk // 2 if self.narrow_out else self.chunk
+        """Columns of partial results that are copied out at once: as many bytes, in float32."""
+        return self.out_columns // 2 if self.narrow_out else self.out_columns
 
     @property
     def query_step(self) -> int:
@@ -162,16 +177,26 @@ def make_plan(
     S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
     T = 64
     columns = Hkv * -(-Q * (Hq // Hkv) // WGMMA_ROWS)
-    # Registers hold two accumulators of 128 columns; many parts give many partial results.
-    streams = 2 if Dv <= _CHUNK and 4 < columns else 1
+    # Two streams hide each other's latencies, if registers hold their sums, but they make twice the
+    # parts. With many short segments that is worth it.
+    short = columns > 4 and B * columns >= 4 * MULTIPROCESSORS
+    streams = 2 if Dv <= _CHUNK and short else 1
     itemsize = jnp.dtype(query.dtype).itemsize
-    left = (SHARED_MEMORY - _TABLES_BYTES - 4 * 1024) // streams
-    # A query, and 32 bits for each column of a chunk of results: half of them for partial ones.
-    left -= WGMMA_ROWS * (D * itemsize + _chunk(Dv, query.dtype) * 4)
-    stages = left // (T * (D + Dv) * itemsize)
+    chunk = _chunk(Dv, query.dtype)
+
+    def stages(pieces: int) -> int:
+        """The blocks of keys and values that fit into a stream's shared memory."""
+        left = (SHARED_MEMORY - _TABLES_BYTES - 4 * 1024) // streams
+        # A query, and 32 bits for each column of a piece: half of them for partial results.
+        left -= WGMMA_ROWS * (D * itemsize + chunk // pieces * 4)
+        block = T * (D + Dv) * itemsize
+        return min(left // block, max(2, _IN_FLIGHT // block))
+
+    # Several pieces wait for one another; they are worth it for a second block in flight.
+    pieces = next((n for n in (1, 2) if stages(n) > 1 and chunk % (16 * n) == 0), 1)
     return Plan(
         B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
-        T, streams, min(stages, 4), _parts(columns, streams * MULTIPROCESSORS),
+        T, pieces, streams, stages(pieces), _parts(columns, streams * MULTIPROCESSORS),
     )  # fmt: skip
 
 

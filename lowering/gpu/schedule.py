@@ -40,14 +40,14 @@ class Tables:
 
     def hull(self, plan: Plan, line: Any, row: Any) -> tuple[Any, Any]:
         """The window of a row's tile, in positions of the joined cache; none is (0, 0)."""
-        return _joined(plan, row, self.start[line, row], self.end[line, row])
+        return joined(plan, row, self.start[line, row], self.end[line, row])
 
     def inner(self, plan: Plan, line: Any, row: Any) -> tuple[Any, Any]:
         """The positions that are in all windows of a row's tile."""
-        return _joined(plan, row, self.inner_start[line, row], self.inner_end[line, row])
+        return joined(plan, row, self.inner_start[line, row], self.inner_end[line, row])
 
 
-def _joined(plan: Plan, row: Any, start: Any, end: Any) -> tuple[Any, Any]:
+def joined(plan: Plan, row: Any, start: Any, end: Any) -> tuple[Any, Any]:
     """A window of a row, clipped to the cache, in positions of the joined cache."""
     start, end = jnp.maximum(start, 0), jnp.minimum(end, plan.S)
     filled = end > start
@@ -90,7 +90,7 @@ def make_bounds(
         shape = (plan.B, plan.row_tiles, WGMMA_ROWS)
         start, end = (x[:, query].reshape(shape) for x in (starts, lengths))
         start, end = jnp.maximum(start, 0), jnp.minimum(end, plan.S)
-        low, high = _joined(plan, np.arange(plan.B)[:, None, None], start, end)
+        low, high = joined(plan, np.arange(plan.B)[:, None, None], start, end)
         windows = {"low": low, "high": high}
         end_of_hull = jnp.where(end > start, end, 0).max(axis=2)
         start_of_hull = jnp.where(end > start, start, plan.S).min(axis=2)
@@ -101,17 +101,18 @@ def make_bounds(
 def count_blocks(plan: Plan, bounds: jax.Array) -> jax.Array:
     """The table of blocks, where the kernel does not make it."""
     row = np.minimum(np.arange(plan.line_size), plan.B)
-    return jnp.cumsum(count_of_blocks(plan, *_joined(plan, row, bounds[0], bounds[1])), axis=1)
+    return jnp.cumsum(count_of_blocks(plan, *joined(plan, row, bounds[0], bounds[1])), axis=1)
 
 
-def scan_blocks(plan: Plan, tables: Tables, line: int) -> None:
-    """Makes a line of the table of blocks, several rows at a time so that their loads overlap."""
-    together = 8 if plan.line_size % 8 == 0 else 4
+def sum_blocks(plan: Plan, tables: Tables, counts: Any, line: int) -> None:
+    """Makes a line of the table of blocks from the numbers of the rows' blocks [lines, rows]."""
+    # Several rows at a time, so that their loads overlap.
+    together = next(n for n in (16, 8, 4) if plan.line_size % n == 0)
 
     def scan(i: Any, total: Any) -> Any:
         rows = [i * together + k for k in range(together)]
-        counts = [count_of_blocks(plan, *tables.hull(plan, line, row)) for row in rows]
-        for row, count in zip(rows, counts, strict=True):
+        loaded = [counts[line, row] for row in rows]
+        for row, count in zip(rows, loaded, strict=True):
             total = total + count
             tables.blocks[line, row] = total
         return total
