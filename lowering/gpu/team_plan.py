@@ -106,6 +106,11 @@ class TeamPlan:
         return out_columns(self.Dv, self.out_dtype)
 
     @property
+    def halves(self) -> bool:
+        """Whether half a block can be computed: values are masked by 64 positions."""
+        return self.T == 2 * WGMMA_ROWS
+
+    @property
     def scaled(self) -> bool:
         """Whether the softmax gets logits; else it gets products, and scales them itself."""
         return self.params.logits_soft_cap is not None or self.params.softmax_scale <= 0
@@ -143,9 +148,22 @@ class Blocks(NamedTuple):
     gap: Any
 
 
-# The columns of the table after those of `Blocks`: for each tile the bounds of the positions that
-# lie in all of its windows.
-_FIELDS = len(Blocks._fields)
+class Inner(NamedTuple):
+    """Bounds of a tile's blocks, positions counted as in `Blocks`.
+
+    Attributes:
+      low: the first position that lies in all of the tile's windows.
+      high: the end of the positions that do.
+      end: the end of the hull of the tile's windows.
+    """
+
+    low: Any
+    high: Any
+    end: Any
+
+
+# The columns of the table: `Blocks`, then `Inner` of each tile.
+_FIELDS, _TILE_FIELDS = len(Blocks._fields), len(Inner._fields)
 
 
 def out_columns(columns: int, dtype: Any) -> int:
@@ -223,9 +241,10 @@ def blocks_of(table_ref: Any, index: Any) -> Blocks:
     return Blocks(*(table_ref[index, field] for field in range(_FIELDS)))
 
 
-def inner_of(table_ref: Any, index: Any, tile: Any) -> tuple[Any, Any]:
-    """The positions that lie in all windows of a team's tile: from the first to the second."""
-    return table_ref[index, _FIELDS + 2 * tile], table_ref[index, _FIELDS + 2 * tile + 1]
+def inner_of(table_ref: Any, index: Any, tile: Any) -> Inner:
+    """The bounds of a team's tile, from its row of the table."""
+    first = _FIELDS + _TILE_FIELDS * tile
+    return Inner(*(table_ref[index, first + field] for field in range(_TILE_FIELDS)))
 
 
 def make_tables(plan: TeamPlan, lengths: jax.Array, starts: jax.Array) -> dict[str, jax.Array]:
@@ -237,7 +256,7 @@ def make_tables(plan: TeamPlan, lengths: jax.Array, starts: jax.Array) -> dict[s
       starts: int32 [B, queries of the call].
 
     Returns:
-      teams: int32 [B * levels, fields]: `Blocks`, then for each tile `inner_of`.
+      teams: int32 [B * levels, fields]: `Blocks`, then `Inner` of each tile.
       starts, lengths: int32 [B, row_tiles, 64], of the rows of each tile, as the caller gave them;
         the rows past the last query repeat it.
     """
@@ -274,16 +293,16 @@ def make_tables(plan: TeamPlan, lengths: jax.Array, starts: jax.Array) -> dict[s
     high, low, inner_low, inner_high, gap = (
         x.reshape(plan.B, plan.levels, plan.tiles) for x in (high, low, inner_low, inner_high, gap)
     )
-    tiles = range(plan.tiles)
-    high = functools.reduce(jnp.maximum, (high[..., i] for i in tiles))
+    ends, tiles = high, range(plan.tiles)
+    high = functools.reduce(jnp.maximum, (ends[..., i] for i in tiles))
     low = jnp.minimum(functools.reduce(jnp.minimum, (low[..., i] for i in tiles)), high)
     gap = functools.reduce(jnp.maximum, (gap[..., i] for i in tiles))
     base = plan.S * jnp.arange(plan.B, dtype=jnp.int32)[:, None]
     first = (base + low) // SWIZZLE_ROWS * SWIZZLE_ROWS - base
     count = jnp.where(high > 0, (high - first + (plan.T - 1)) // plan.T, 0)
     fields = [*Blocks(first, count, low, high, gap)]
-    for tile in tiles:
-        fields += [inner_low[..., tile], inner_high[..., tile]]
+    for i in tiles:
+        fields += Inner(inner_low[..., i], inner_high[..., i], ends[..., i])
 
     def of_rows(x: jax.Array) -> jax.Array:
         x = x.reshape(plan.B, plan.row_tiles, 1, plan.queries)

@@ -40,6 +40,7 @@ from jax_ragged.lowering.gpu.softmax import (
 )
 from jax_ragged.lowering.gpu.team_plan import (
     Blocks,
+    Inner,
     Team,
     TeamPlan,
     blocks_of,
@@ -220,13 +221,13 @@ class _Task(NamedTuple):
       at: the team's place.
       blocks: the team's blocks.
       windows: the first position and the end of each row's window, [64] each, clipped to the cache.
-      inner: the positions that lie in all of them: from the first to the second.
+      inner: bounds of the tile's blocks.
     """
 
     at: Team
     blocks: Blocks
     windows: tuple[jax.Array, jax.Array]
-    inner: tuple[Any, Any]
+    inner: Inner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,22 +281,28 @@ class _Warpgroup:
         step, task = carry
         # Already now, so that the next team need not wait for it.
         following = self._look_up(n + 1)
-        blocks, (inner_low, inner_high) = task.blocks, task.inner
+        blocks, inner = task.blocks, task.inner
         plgpu.barrier_wait(refs.query_full.at[self.tile])
-        block = functools.partial(self._block, task, step)
-        # Blocks [0, lower) and [upper, count) are at edges; the others lie in all windows.
-        lower = lax.div(inner_low - blocks.first + (plan.T - 1), plan.T)
+        # Blocks [0, lower) and [upper, count) are at edges; the others lie in all windows. Of the
+        # last one only half may touch the tile's windows, as in every other tile of causal windows.
+        lower = lax.div(inner.low - blocks.first + (plan.T - 1), plan.T)
         lower = jnp.clip(lower, 0, blocks.count)
-        upper = lax.div(jnp.maximum(inner_high - blocks.first, 0), plan.T)
+        upper = lax.div(jnp.maximum(inner.high - blocks.first, 0), plan.T)
         upper = jnp.clip(upper, lower, blocks.count)
+        whole, half = blocks.count, plan.T // 2
+        if plan.halves:
+            is_half = inner.end <= blocks.first + (blocks.count - 1) * plan.T + half
+            whole = jnp.maximum(blocks.count - jnp.where(is_half, 1, 0), upper)
         zeros = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, plan.Dv), jnp.float32), TILE)
         state: _State = (zeros, Softmax.empty(WGMMA_ROWS))
-        for begin, end, edge in (
-            (0, lower, True),
-            (lower, upper, False),
-            (upper, blocks.count, True),
+        for begin, end, edge, positions in (
+            (0, lower, True, plan.T),
+            (lower, upper, False, plan.T),
+            (upper, whole, True, plan.T),
+            *([(whole, blocks.count, True, half)] if plan.halves else []),
         ):
-            state = lax.fori_loop(begin, end, functools.partial(block, edge), state)
+            block = functools.partial(self._block, task, step, edge, positions)
+            state = lax.fori_loop(begin, end, block, state)
         pl.when(blocks.count == 0)(self._free_query)
         # The other warpgroup goes on meanwhile.
         plgpu.barrier_arrive(refs.turn)
@@ -303,24 +310,31 @@ class _Warpgroup:
         plgpu.barrier_wait(refs.turn)
         return step + blocks.count, following
 
-    def _block(self, task: _Task, step: Any, edge: bool, i: Any, state: _State) -> _State:
-        """Takes one block into the state: a step of the streaming softmax."""
+    def _block(
+        self, task: _Task, step: Any, edge: bool, positions: int, i: Any, state: _State
+    ) -> _State:
+        """Takes the first positions of block i into the state: a step of the streaming softmax."""
         plan, refs = self.plan, self.refs
         blocks = task.blocks
         total, softmax = state
         slot = lax.rem(step + i, plan.stages)
         first = blocks.first + i * plan.T
 
+        keys_ref, values_ref = refs.key_blocks.at[slot], refs.value_blocks.at[slot]
+        if positions < plan.T:
+            keys_ref = refs.key_blocks.at[slot, pl.ds(0, positions)]
+            values_ref = refs.value_blocks.at[slot, pl.ds(0, positions)]
+
         plgpu.barrier_wait(refs.key_full.at[slot])
 
         def dots(product_ref: Any) -> jax.Array:
-            keys = refs.key_blocks.at[slot].transpose((1, 0))
+            keys = keys_ref.transpose((1, 0))
             plgpu.wgmma(product_ref, refs.query_tiles.at[self.tile], keys)
             self._take_turns()
             product: jax.Array = product_ref[...]
             return product
 
-        x = pl.run_scoped(dots, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, plan.T), jnp.float32))
+        x = pl.run_scoped(dots, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, positions), jnp.float32))
         plgpu.barrier_arrive(refs.key_free.at[slot])
         # Not later: the next queries and keys are copied after this, and in its last block of a
         # team warpgroup 1 waits for warpgroup 0, which waits for them.
@@ -338,23 +352,25 @@ class _Warpgroup:
         plgpu.barrier_arrive(refs.turn)
         plgpu.barrier_wait(refs.value_full.at[slot])
         if edge:
-            self._zero_outside(task.at, blocks, first, slot)
+            self._zero_outside(task.at, blocks, first, slot, positions)
         plgpu.barrier_wait(refs.turn)
-        total = _add_product(total, p, refs.value_blocks.at[slot])
+        total = _add_product(total, p, values_ref)
         plgpu.barrier_arrive(refs.value_free.at[slot])
         return total, softmax
 
-    def _zero_outside(self, at: Team, blocks: Blocks, first: Any, slot: Any) -> None:
+    def _zero_outside(
+        self, at: Team, blocks: Blocks, first: Any, slot: Any, positions: int
+    ) -> None:
         """Zeros the values of an edge block that lie in no window of the team: 0 * NaN is NaN.
 
-        Both warpgroups do, and write the same: neither need wait for the other.
+        Those of its first positions, since no others are read. Both warpgroups write the same, so
+        that neither need wait for the other.
         """
-        plan = self.plan
-        outside = (first < blocks.low) | (first + plan.T > blocks.high) | (blocks.gap != 0)
+        outside = (first < blocks.low) | (first + positions > blocks.high) | (blocks.gap != 0)
 
         def zero(inside: Callable[[Any], jax.Array]) -> None:
             # A warpgroup holds values in its registers by 64 positions.
-            for offset in range(0, plan.T, WGMMA_ROWS):
+            for offset in range(0, positions, WGMMA_ROWS):
                 values_ref = self.refs.value_blocks.at[slot, pl.ds(offset, WGMMA_ROWS)]
                 position = first + offset
                 position += plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS)
