@@ -67,7 +67,7 @@ def _windows(Q: int, *rows: tuple[int, int, int]) -> tuple[tuple[int, ...], ...]
 
 
 # Cases with many queries, which the other schedule computes.
-MANY = (
+MANY: tuple[Case, ...] = (
     Case("causal", _windows(384, (1, 1, 0), (1, 1, 0)), Q=384, Hq=32, Hkv=8, S=384, D=128, Dv=128),
     Case(
         "causal_heads_of_their_own", _windows(320, *[(1, 1, 0)] * 4), Q=320, Hq=16, Hkv=16,
