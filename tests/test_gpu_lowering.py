@@ -244,15 +244,6 @@ class TestUnsupported:
         assert reason is not None
         assert "float32" in reason
 
-    def test_derivatives(self) -> None:
-        case = Case("", (70, 100), Q=1, S=100, D=64, Dv=64, dtype="bfloat16")
-        for operation in ("jvp", "vjp"):
-            refused = refusal(
-                Target("cuda", H200), operation, *case.operands()[:3], RaggedAttentionParams()
-            )
-            assert refused is not None
-            assert refused.reason == f"it has no kernel for {operation}"
-
     def test_forced_kernel_is_refused_with_the_reason(self) -> None:
         case = Case("", (70, 100), S=100, D=72, Dv=64, dtype="bfloat16")
         with pytest.raises(NotImplementedError, match=r"72.*implementation='reference'"):

@@ -20,7 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ragged.lowering.contract import ByResult, Lowering, Operands, Unsupported
+from jax_ragged.lowering.contract import (
+    ByOperand,
+    ByResult,
+    Lowering,
+    Operands,
+    Residuals,
+    Unsupported,
+)
+from jax_ragged.lowering.gpu import derivatives
 from jax_ragged.lowering.gpu.launch import padded
 from jax_ragged.lowering.gpu.line import attend_along_line
 from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, ceil_to, make_plan
@@ -76,7 +84,7 @@ def _joined(x: jax.Array) -> jax.Array:
 
 
 class _GPU(Lowering):
-    """The Hopper kernels."""
+    """The Hopper kernels of the forward and of `derivatives`."""
 
     def forward(
         self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
@@ -101,6 +109,27 @@ class _GPU(Lowering):
             results = attend_along_line(plan, *arrays)
         out, max_logits, denominator = results
         return ByResult(out.astype(asked), max_logits, denominator)
+
+    def jvp(
+        self,
+        residuals: Residuals,
+        tangents: ByOperand[jax.Array | None],
+        params: RaggedAttentionParams,
+        device_kind: str | None,
+    ) -> ByResult[jax.Array]:
+        _check(*residuals[:3], params, device_kind)
+        return derivatives.jvp(derivatives.plan_of(residuals, params), residuals, tangents)
+
+    def vjp(
+        self,
+        residuals: Residuals,
+        cotangents: ByResult[jax.Array | None],
+        wrt: ByOperand[Any],
+        params: RaggedAttentionParams,
+        device_kind: str | None,
+    ) -> ByOperand[jax.Array | None]:
+        _check(*residuals[:3], params, device_kind)
+        return derivatives.vjp(derivatives.plan_of(residuals, params), residuals, cotangents, wrt)
 
 
 LOWERING = _GPU()

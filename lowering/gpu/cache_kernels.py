@@ -1,0 +1,381 @@
+"""The derivative kernel that owns positions of the cache: the gradients of key and value.
+
+A CTA has 64 positions of one key head for each computing warpgroup:
+
+    one warpgroup copies        key [64, D] and value [64, Dv] of each warpgroup, once
+                                query [64, D], out_bar [64, Dv], statistics and windows of each
+                                tile of query rows that touches them, for every head of the group
+    two warpgroups compute      each its 64 positions, on every tile
+
+The logits stand transposed, [64 positions, 64 query rows], so that p and s_bar are the left
+operands of the products, from registers:
+
+    s = key query.T          p_bar = value out_bar.T         (p, s_bar: `derivative_blocks`)
+    value_bar += p out_bar   key_bar += s_bar query
+
+The sums run over queries and heads in float32 and are rounded once. No product contracts over
+positions, so a NaN outside the windows stays in its own position, where p and s_bar are selected
+to be 0.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_ragged.lowering._compat import mosaic_gpu_load
+from jax_ragged.lowering.contract import ByOperand
+from jax_ragged.lowering.gpu import derivative_blocks as blocks
+from jax_ragged.lowering.gpu.derivative_blocks import LAYOUT
+from jax_ragged.lowering.gpu.derivative_plan import (
+    HIGH,
+    INNER_HIGH,
+    INNER_LOW,
+    LOW,
+    SCALARS,
+    Plan,
+)
+from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
+
+# A statistic of query rows, which run along the columns of the logits.
+_COLUMN_LAYOUT = LAYOUT.reduce(0)
+_SHARED_MEMORY = 220 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the kernel computes.
+
+    Attributes:
+      key, value: the dtype of each gradient, or None where it is not asked for.
+      at_max: whether there are cotangents of the maximum.
+      query: the dtype of the gradient of query, which `one_tile` alone makes here.
+    """
+
+    key: Any
+    value: Any
+    at_max: bool
+    query: Any = None
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The dtypes of the results, by name."""
+        both = {"key": self.key, "value": self.value}
+        return {name: dtype for name, dtype in both.items() if dtype is not None}
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether the cotangents of the logits are needed."""
+        return self.key is not None or self.query is not None
+
+    @property
+    def tile(self) -> tuple[str, ...]:
+        """Names of the arrays that a tile of query rows has."""
+        return ("query", "out_bar", "windows", *self.statistics)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the statistics [64] of a tile."""
+        if not self.needs_key:
+            return ("log_sum",)
+        return ("log_sum", "delta", "t_star", "at_max_bar") if self.at_max else ("log_sum", "delta")
+
+    def inputs(self, windows: jax.Array, operands: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The operands of the kernel, by name."""
+        names = ("query", "out_bar", "key", "value", *self.statistics)
+        return {"windows": windows} | {name: operands[name] for name in names}
+
+    def scratch_of_statistics(self, *shape: int) -> dict[str, Any]:
+        """Shared memory for the statistics, each [*shape, 64]."""
+        return {
+            name: plgpu.SMEM((*shape, WGMMA_ROWS), jnp.int32 if name == "t_star" else jnp.float32)
+            for name in self.statistics
+        }
+
+
+def positions(plan: Plan) -> int:
+    """Positions that a CTA owns."""
+    return _warpgroups(plan) * WGMMA_ROWS
+
+
+def _warpgroups(plan: Plan) -> int:
+    """Computing warpgroups of a CTA: one where the operands of two do not fit."""
+    return 1 if plan.wide else 2
+
+
+def tasks(plan: Plan, wrt: ByOperand[Any], at_max: bool) -> list[Task]:
+    """One task, or one for each gradient where registers do not hold both accumulators."""
+    if not plan.wide:
+        return [Task(wrt.key, wrt.value, at_max, wrt.query)]
+    both = (Task(wrt.key, None, at_max, wrt.query), Task(None, wrt.value, at_max))
+    return [task for task in both if task.results]
+
+
+def spans(plan: Plan, windows: jax.Array) -> jax.Array:
+    """The first tile that touches the positions of each CTA, and the one after the last.
+
+    i32 [B, positions / those of a CTA, 2], from windows i32 [B, tiles, 3, 64].
+    """
+    low, high = windows[:, :, LOW], windows[:, :, HIGH]
+    first = jnp.where(high > low, low, plan.S).min(axis=2)[:, None]  # [B, 1, tiles]
+    last = high.max(axis=2)[:, None]
+    begin = jnp.arange(0, plan.S, positions(plan), dtype=jnp.int32)[None, :, None]
+    touches = (first < begin + positions(plan)) & (last > begin)
+    tile = jnp.arange(plan.tiles, dtype=jnp.int32)
+    after = jnp.where(touches, tile + 1, 0).max(axis=2)
+    return jnp.stack([jnp.where(touches, tile, plan.tiles).min(axis=2), after], axis=2)
+
+
+def run(
+    plan: Plan,
+    task: Task,
+    windows: jax.Array,
+    operands: Mapping[str, jax.Array],
+    interpret: Any = None,
+) -> dict[str, jax.Array]:
+    """The gradients that the task asks for, [B, S, Hkv, D or Dv], by name.
+
+    Args:
+      plan: of the call.
+      task: what to compute.
+      windows: i32 [B, tiles, 3, 64], of `derivative_plan.windows`.
+      operands: by name, query [B, R, H, D], out_bar [B, R, H, Dv], key [B, S, Hkv, D],
+        value [B, S, Hkv, Dv], and the statistics [B, H, tiles, 64] that the task has.
+      interpret: for JAX's interpreter.
+    """
+    inputs = {"spans": spans(plan, windows)} | task.inputs(windows, operands)
+    ctas = -(-plan.S // positions(plan))
+    results = {
+        f"{name}_bar": jax.ShapeDtypeStruct(operands[name].shape, dtype)
+        for name, dtype in task.results.items()
+    }
+    names = (*inputs, *results)
+    outputs = plgpu.kernel(
+        lambda *refs, **scratch: _kernel(
+            plan, task, dict(zip(names, refs, strict=True)), **scratch
+        ),
+        out_type=list(results.values()),
+        scratch_types=_scratch(plan, task),
+        grid=(ctas * plan.B * plan.Hkv,),
+        grid_names=("cta",),
+        num_threads=_warpgroups(plan) + 1,
+        thread_name="wg",
+        kernel_name="ragged_attention_cache_cotangents",
+        compiler_params=blocks.COMPILER_PARAMS,
+        interpret=interpret,
+    )(*inputs.values())
+    return dict(zip(task.results, outputs, strict=True))
+
+
+def _used(plan: Plan, task: Task) -> tuple[int, int]:
+    """Bytes of shared memory: of what a CTA keeps, and of one stage."""
+    itemsize, wgs = plan.dtype.itemsize, _warpgroups(plan)
+    row = (plan.D + plan.Dv) * itemsize
+    widths = {"key": plan.D, "value": plan.Dv}
+    staging = max(
+        plan.chunk(widths[name], dtype) * jnp.dtype(dtype).itemsize
+        for name, dtype in task.results.items()
+    )
+    return wgs * WGMMA_ROWS * (row + staging), WGMMA_ROWS * (row + 7 * 4)
+
+
+def _stages(plan: Plan, task: Task) -> int:
+    """Tiles in flight."""
+    kept, stage = _used(plan, task)
+    return max(1, min((_SHARED_MEMORY - kept) // stage, 3))
+
+
+def shared_memory(plan: Plan, task: Task) -> int:
+    """Bytes that a CTA needs if there is one stage."""
+    return sum(_used(plan, task))
+
+
+def _scratch(plan: Plan, task: Task) -> dict[str, Any]:
+    wgs, stages = _warpgroups(plan), _stages(plan, task)
+    widths = {"key": plan.D, "value": plan.Dv}
+    scratch = {
+        "key": blocks.swizzled((wgs, WGMMA_ROWS, plan.D), plan.dtype),
+        "value": blocks.swizzled((wgs, WGMMA_ROWS, plan.Dv), plan.dtype),
+        "query": blocks.swizzled((stages, WGMMA_ROWS, plan.D), plan.dtype),
+        "out_bar": blocks.swizzled((stages, WGMMA_ROWS, plan.Dv), plan.dtype),
+        "windows": plgpu.SMEM((stages, 3, WGMMA_ROWS), jnp.int32),
+        **task.scratch_of_statistics(stages),
+        "cache_full": plgpu.Barrier(num_arrivals=2, num_barriers=wgs),
+        "tile_full": plgpu.Barrier(num_arrivals=len(task.tile), num_barriers=stages),
+        "tile_free": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+    }
+    for name, dtype in task.results.items():
+        # Each gradient of the same shape and dtype shares the first's staging.
+        shape = (wgs, WGMMA_ROWS, plan.chunk(widths[name], dtype))
+        scratch.setdefault(_staging(plan, task, name), blocks.swizzled(shape, dtype))
+    return scratch
+
+
+def _staging(plan: Plan, task: Task, name: str) -> str:
+    """The name of the shared memory through which a gradient is stored."""
+    same = plan.D == plan.Dv and task.key == task.value
+    return "staging" if same else f"{name}_staging"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What a CTA has to do.
+
+    Attributes:
+      b, kv_head: the row of the cache and its head.
+      first: the first position.
+      tile: the first tile that touches the positions.
+      tiles: how many tiles of each head do.
+      count: of tiles of all heads of the group.
+    """
+
+    b: Any
+    kv_head: Any
+    first: Any
+    tile: Any
+    tiles: Any
+    count: Any
+
+    @classmethod
+    def of(cls, plan: Plan, spans_ref: Any, cta: Any) -> "_Work":
+        """The first positions come first: more causal windows reach them."""
+        cta, kv_head = lax.div(cta, plan.Hkv), lax.rem(cta, plan.Hkv)
+        number, b = lax.div(cta, plan.B), lax.rem(cta, plan.B)
+        tile = spans_ref[b, number, 0]
+        tiles = jnp.maximum(spans_ref[b, number, 1] - tile, 0)
+        return cls(b, kv_head, number * positions(plan), tile, tiles, tiles * plan.group)
+
+
+def _kernel(plan: Plan, task: Task, refs: Mapping[str, Any], **scratch: Any) -> None:
+    work = _Work.of(plan, refs["spans"], lax.axis_index("cta"))
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg == _warpgroups(plan))
+    def _() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+        pl.when(work.count > 0)(functools.partial(_copy, plan, task, refs, work, scratch))
+
+    @pl.when(wg < _warpgroups(plan))
+    def _() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        _compute(plan, task, refs, work, wg, scratch)
+
+
+def _copy(
+    plan: Plan, task: Task, refs: Mapping[str, Any], work: _Work, scratch: Mapping[str, Any]
+) -> None:
+    """Starts the copies of the CTA's positions and then of the tiles."""
+    for i in range(_warpgroups(plan)):
+        first = pl.multiple_of(work.first + i * WGMMA_ROWS, WGMMA_ROWS)
+        for name in ("key", "value"):
+            source = refs[name].at[work.b, pl.ds(first, WGMMA_ROWS), work.kv_head]
+            plgpu.copy_gmem_to_smem(source, scratch[name].at[i], scratch["cache_full"].at[i])
+
+    def start(i: Any, slot: Any) -> None:
+        head = work.kv_head * plan.group + lax.div(i, work.tiles)
+        number = work.tile + lax.rem(i, work.tiles)
+        rows = pl.ds(pl.multiple_of(number * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)
+        places = {
+            "query": (work.b, rows, head),
+            "out_bar": (work.b, rows, head),
+            "windows": (work.b, number),
+        }
+        for name in task.tile:
+            source = refs[name].at[places.get(name, (work.b, head, number))]
+            plgpu.copy_gmem_to_smem(source, scratch[name].at[slot], scratch["tile_full"].at[slot])
+
+    blocks.copy_ahead(work.count, _stages(plan, task), [scratch["tile_free"]], start)
+
+
+def _compute(
+    plan: Plan,
+    task: Task,
+    refs: Mapping[str, Any],
+    work: _Work,
+    wg: Any,
+    scratch: Mapping[str, Any],
+) -> None:
+    first = work.first + wg * WGMMA_ROWS
+    stages = _stages(plan, task)
+    pl.when(work.count > 0)(lambda: plgpu.barrier_wait(scratch["cache_full"].at[wg]))
+    widths = {"key": plan.D, "value": plan.Dv}
+
+    def tile(i: Any, state: Any) -> Any:
+        slot = lax.rem(i, stages)
+        plgpu.barrier_wait(scratch["tile_full"].at[slot])
+        refs_of_tile = {name: scratch[name].at[slot] for name in task.tile}
+        key_ref, value_ref = (scratch[name].at[wg] for name in ("key", "value"))
+        left = weights(plan, task, key_ref, value_ref, refs_of_tile, first)
+        right = {"key": refs_of_tile["query"], "value": refs_of_tile["out_bar"]}
+        terms = [(state[name], left[name], right[name]) for name in task.results]
+        state = dict(zip(task.results, blocks.accumulate(*terms), strict=True))
+        plgpu.barrier_arrive(scratch["tile_free"].at[slot])
+        return state
+
+    zeros = {
+        name: blocks.accumulators(widths[name], plan.chunk(widths[name], dtype))
+        for name, dtype in task.results.items()
+    }
+    sums = lax.fori_loop(0, work.count, tile, zeros)
+    rows = pl.ds(pl.multiple_of(first, WGMMA_ROWS), WGMMA_ROWS)
+    for name, chunks in sums.items():
+        if name == "key":
+            chunks = tuple(x * plan.params.softmax_scale for x in chunks)
+        ref = refs[f"{name}_bar"].at[work.b, rows, work.kv_head]
+        blocks.store(scratch[_staging(plan, task, name)].at[wg], chunks, ref)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def weights(
+    plan: Plan,
+    task: Task,
+    key_ref: Any,
+    value_ref: Any,
+    tile: Mapping[str, Any],
+    first: Any,
+) -> dict[str, jax.Array]:
+    """The left operands [64 positions, 64 query rows] of the products for a block and a tile.
+
+    Args:
+      plan: of the call.
+      task: what to compute.
+      key_ref: [64, D] in shared memory.
+      value_ref: [64, Dv] in shared memory.
+      tile: refs of "query" [64, D], "out_bar" [64, Dv], "windows" [3, 64] and the task's
+        statistics [64], in shared memory.
+      first: the first position.
+
+    Returns:
+      p as "value" and s_bar / scale as "key", in the operands' dtype, those that the task needs.
+    """
+
+    def load(name: str, *at: int) -> jax.Array:
+        ref = tile[name].at[at] if at else tile[name]
+        return mosaic_gpu_load(ref, layout=_COLUMN_LAYOUT)
+
+    pairs = [(key_ref, tile["query"])]
+    if task.needs_key:
+        pairs.append((value_ref, tile["out_bar"]))
+    s, *rest = blocks.dots(*pairs)
+    p, dz_ds = blocks.probabilities(plan, s, load("log_sum"), 1)
+    wide = {"value": p} if task.value is not None else {}
+    if task.needs_key:
+        at_max = (load("t_star"), load("at_max_bar")) if task.at_max else None
+        delta = load("delta")
+        wide["key"] = blocks.logit_cotangents(p, dz_ds, rest[0], delta, at_max, first, 1)
+    inner_low, inner_high = (tile["windows"][SCALARS, i] for i in (INNER_LOW, INNER_HIGH))
+    selected = blocks.masked(
+        (first < inner_low) | (first + WGMMA_ROWS > inner_high),
+        first,
+        functools.partial(load, "windows", LOW),
+        functools.partial(load, "windows", HIGH),
+        1,
+        *((x, 0.0) for x in wide.values()),
+    )
+    return {name: x.astype(plan.dtype) for name, x in zip(wide, selected, strict=True)}

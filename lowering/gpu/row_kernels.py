@@ -1,0 +1,517 @@
+"""Derivative kernels that own query rows: peaks, the gradient of query, and the tangents.
+
+A CTA has a set of tiles of one head and a stretch of the blocks in their hull:
+
+    one warpgroup copies        query [64, D] ... of each tile, once
+                                key [T, D], value [T, Dv] ... of each block, as far ahead as fits
+    two warpgroups compute      each a tile, on every block; or, where there is one tile, each on
+                                every other block
+
+For a tile and a block, with s = q k.T [64, T] and p the normalised probabilities:
+
+    peaks       t*, the first position that attains the maximum of z, and that maximum
+    cotangent   q_bar += s_bar k          with s_bar of `derivative_blocks.logit_cotangents`
+    tangents    o_dot += (p z_dot) v + p v_dot, and sums of p and of p z_dot, and z_dot at t*
+
+The results of a stretch (and, where blocks are dealt, of a warpgroup) are partial, and the
+caller adds them. Which positions lie outside every window is decided before a product contracts
+over positions: key, value and value_dot are zeroed there in shared memory.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_ragged.lowering._compat import mosaic_gpu_load
+from jax_ragged.lowering.gpu import derivative_blocks as blocks
+from jax_ragged.lowering.gpu.derivative_blocks import LAYOUT
+from jax_ragged.lowering.gpu.derivative_plan import (
+    HIGH,
+    HULL_HIGH,
+    HULL_LOW,
+    INNER_HIGH,
+    INNER_LOW,
+    LOW,
+    SCALARS,
+    SOLID,
+    Plan,
+)
+from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
+
+_ROW_LAYOUT = LAYOUT.reduce(1)
+# Shared memory of a CTA, less what barriers and statistics take.
+_SHARED_MEMORY = 222 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a row kernel computes.
+
+    Attributes:
+      name: "peaks", "cotangent" or "tangents".
+      rows: names of the operands [B, R, H, D or Dv] of query rows.
+      cache: names of the operands [B, S, Hkv, D or Dv] of the cache.
+      at_max: whether there are cotangents of the maximum (cotangent).
+      dtype: of the result [B, R, H, columns].
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    cache: tuple[str, ...]
+    at_max: bool = False
+    dtype: Any = jnp.float32
+
+    def columns(self, plan: Plan) -> int:
+        """Columns of the accumulator; 0 for none."""
+        return {"peaks": 0, "cotangent": plan.D, "tangents": plan.Dv}[self.name]
+
+    @property
+    def statistics(self) -> int:
+        """Statistics of query rows among the results, float32; t* ("peak") comes besides."""
+        return {"peaks": 1, "cotangent": 0, "tangents": 5}[self.name]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the statistics [B, H, tiles, 64] of query rows among the operands."""
+        if self.name == "peaks":
+            return ()
+        if self.name == "tangents":
+            return ("log_sum",)
+        return ("log_sum", "delta", "t_star", "at_max_bar") if self.at_max else ("log_sum", "delta")
+
+    @property
+    def zeroed(self) -> tuple[str, ...]:
+        """Operands of the cache with which a product contracts over positions."""
+        names = {"peaks": (), "cotangent": ("key",), "tangents": ("value", "value_dot")}[self.name]
+        return tuple(name for name in names if name in self.cache)
+
+
+def run(
+    plan: Plan,
+    task: Task,
+    windows: jax.Array,
+    operands: Mapping[str, jax.Array],
+    interpret: Any = None,
+) -> dict[str, jax.Array]:
+    """Runs a task.
+
+    Args:
+      plan: of the call.
+      task: what to compute.
+      windows: i32 [B, tiles, 3, 64], of `derivative_plan.windows`.
+      operands: arrays by the names in the task, and perhaps others.
+      interpret: for JAX's interpreter.
+
+    Returns:
+      "result" [partials, B, R, H, columns], "statistics" f32 [partials, B, H, tiles, n, 64] and
+      "peak" i32 [partials, B, H, tiles, 64], those that the task has.
+    """
+    names_of_inputs = (*task.inputs, *task.rows, *task.cache)
+    inputs = {"windows": windows} | {name: operands[name] for name in names_of_inputs}
+    results: dict[str, jax.ShapeDtypeStruct] = {}
+    tiles = (plan.partials, plan.B, plan.H, plan.tiles)
+    if columns := task.columns(plan):
+        sums = (plan.partials, plan.B, plan.R, plan.H, columns)
+        results["result"] = jax.ShapeDtypeStruct(sums, task.dtype)
+    if task.statistics:
+        shape = (*tiles, task.statistics, WGMMA_ROWS)
+        results["statistics"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        results["peak"] = jax.ShapeDtypeStruct((*tiles, WGMMA_ROWS), jnp.int32)
+    names = (*inputs, *results)
+    outputs = plgpu.kernel(
+        lambda *refs, **scratch: _kernel(
+            plan, task, dict(zip(names, refs, strict=True)), **scratch
+        ),
+        out_type=list(results.values()),
+        scratch_types=_scratch(plan, task),
+        grid=(plan.tile_groups * plan.stretches * plan.B * plan.H,),
+        grid_names=("cta",),
+        num_threads=plan.warpgroups + 1,
+        thread_name="wg",
+        kernel_name=f"ragged_attention_{task.name}",
+        compiler_params=blocks.COMPILER_PARAMS,
+        interpret=interpret,
+    )(*inputs.values())
+    return dict(zip(results, outputs, strict=True))
+
+
+def _width(plan: Plan, name: str) -> int:
+    """The head dimension of an operand."""
+    return plan.Dv if name in ("value", "value_dot", "out_bar") else plan.D
+
+
+def _stages(plan: Plan, task: Task) -> int:
+    """Blocks of each operand of the cache in flight."""
+    used, block = _used(plan, task)
+    stages = min((_SHARED_MEMORY - used) // block, 6)
+    # Where blocks are dealt, each stage is always the same warpgroup's: both count its phases.
+    dealt_to = 1 if plan.tiles_apart else plan.warpgroups
+    return stages // dealt_to * dealt_to
+
+
+def _used(plan: Plan, task: Task) -> tuple[int, int]:
+    """Bytes of shared memory: of what a CTA keeps, and of one stage."""
+    itemsize = plan.dtype.itemsize
+    tile = sum(_width(plan, name) for name in task.rows) * itemsize
+    staging = plan.chunk(task.columns(plan), task.dtype) * jnp.dtype(task.dtype).itemsize
+    used = (_tiles_of_cta(plan) * tile + plan.warpgroups * staging) * WGMMA_ROWS
+    return used, plan.block * sum(_width(plan, name) for name in task.cache) * itemsize
+
+
+def _tiles_of_cta(plan: Plan) -> int:
+    return plan.warpgroups if plan.tiles_apart else 1
+
+
+def _scratch(plan: Plan, task: Task) -> dict[str, Any]:
+    stages, tiles = _stages(plan, task), _tiles_of_cta(plan)
+    scratch: dict[str, Any] = {
+        name: blocks.swizzled((tiles, WGMMA_ROWS, _width(plan, name)), plan.dtype)
+        for name in task.rows
+    }
+    # A block is of both warpgroups, or of one.
+    arrivals = plan.warpgroups if plan.tiles_apart else 1
+    for name in task.cache:
+        scratch[name] = blocks.swizzled((stages, plan.block, _width(plan, name)), plan.dtype)
+        scratch[f"{name}_full"] = plgpu.Barrier(num_barriers=stages)
+        scratch[f"{name}_free"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+    scratch["rows_full"] = plgpu.Barrier(num_arrivals=len(task.rows) * tiles)
+    if task.columns(plan):
+        shape = (plan.warpgroups, WGMMA_ROWS, plan.chunk(task.columns(plan), task.dtype))
+        scratch["staging"] = blocks.swizzled(shape, task.dtype)
+    if task.statistics:
+        shape = (plan.warpgroups, task.statistics, WGMMA_ROWS)
+        scratch["out_statistics"] = plgpu.SMEM(shape, jnp.float32)
+        scratch["out_t_star"] = plgpu.SMEM((plan.warpgroups, WGMMA_ROWS), jnp.int32)
+    return scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What a CTA has to do.
+
+    Attributes:
+      b, head: the row of the cache and the head.
+      group: the set of tiles.
+      stretch: the number of the stretch.
+      low, high: the hull, in positions.
+      first: the first block.
+      count: of blocks.
+    """
+
+    b: Any
+    head: Any
+    group: Any
+    stretch: Any
+    low: Any
+    high: Any
+    first: Any
+    count: Any
+
+    @classmethod
+    def of(cls, plan: Plan, windows_ref: Any, cta: Any) -> "_Work":
+        """The last tiles come first: those of causal windows have most to do."""
+        cta, head = lax.div(cta, plan.H), lax.rem(cta, plan.H)
+        cta, b = lax.div(cta, plan.B), lax.rem(cta, plan.B)
+        group = plan.tile_groups - 1 - lax.div(cta, plan.stretches)
+        stretch = lax.rem(cta, plan.stretches)
+        tile = group * _tiles_of_cta(plan)
+        low, high = (windows_ref[b, tile, SCALARS, i] for i in (HULL_LOW, HULL_HIGH))
+        begin = lax.div(low, plan.block) + stretch * plan.stretch
+        end = lax.div(high + (plan.block - 1), plan.block)
+        count = jnp.clip(end - begin, 0, plan.stretch)
+        return cls(b, head, group, stretch, low, high, begin, count)
+
+
+def _kernel(plan: Plan, task: Task, refs: Mapping[str, Any], **scratch: Any) -> None:
+    work = _Work.of(plan, refs["windows"], lax.axis_index("cta"))
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg == plan.warpgroups)
+    def _() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+        pl.when(work.count > 0)(functools.partial(_copy, plan, task, refs, work, scratch))
+
+    @pl.when(wg < plan.warpgroups)
+    def _() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        _compute(plan, task, refs, work, wg, scratch)
+
+
+def _copy(
+    plan: Plan, task: Task, refs: Mapping[str, Any], work: _Work, scratch: Mapping[str, Any]
+) -> None:
+    """Starts the copies of the tiles and then of the blocks."""
+    for i in range(_tiles_of_cta(plan)):
+        rows = pl.ds((work.group * _tiles_of_cta(plan) + i) * WGMMA_ROWS, WGMMA_ROWS)
+        for name in task.rows:
+            source = refs[name].at[work.b, rows, work.head]
+            plgpu.copy_gmem_to_smem(source, scratch[name].at[i], scratch["rows_full"])
+    kv_head = lax.div(work.head, plan.group)
+
+    def start(i: Any, slot: Any) -> None:
+        rows = pl.ds(pl.multiple_of((work.first + i) * plan.block, plan.block), plan.block)
+        for name in task.cache:
+            source = refs[name].at[work.b, rows, kv_head]
+            plgpu.copy_gmem_to_smem(
+                source, scratch[name].at[slot], scratch[f"{name}_full"].at[slot]
+            )
+
+    free = [scratch[f"{name}_free"] for name in task.cache]
+    blocks.copy_ahead(work.count, _stages(plan, task), free, start)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """A warpgroup's tile, its scalars, and its statistics where they are in registers [64].
+
+    Attributes:
+      number: of the tile, among those of the head.
+      slot: where its operands are in shared memory.
+    """
+
+    number: Any
+    slot: Any
+    inner_low: Any
+    inner_high: Any
+    solid: Any
+    low: Callable[[], jax.Array]
+    high: Callable[[], jax.Array]
+    log_sum: jax.Array | None
+    delta: jax.Array | None
+    at_max: tuple[jax.Array, jax.Array] | None
+
+
+def _tile(plan: Plan, task: Task, refs: Mapping[str, Any], work: _Work, wg: Any) -> _Tile:
+    slot = wg if plan.tiles_apart else 0
+    number = work.group * _tiles_of_cta(plan) + slot
+    windows_ref = refs["windows"].at[work.b, number]
+
+    def load(ref: Any) -> jax.Array:
+        return mosaic_gpu_load(ref, layout=_ROW_LAYOUT, optimized=False)
+
+    of_rows = {name: load(refs[name].at[work.b, work.head, number]) for name in task.inputs}
+    at_max = (of_rows["t_star"], of_rows["at_max_bar"]) if task.at_max else None
+    return _Tile(
+        number=number,
+        slot=slot,
+        inner_low=windows_ref[SCALARS, INNER_LOW],
+        inner_high=windows_ref[SCALARS, INNER_HIGH],
+        solid=windows_ref[SCALARS, SOLID],
+        low=functools.partial(load, windows_ref.at[LOW]),
+        high=functools.partial(load, windows_ref.at[HIGH]),
+        log_sum=of_rows.get("log_sum"),
+        delta=of_rows.get("delta"),
+        at_max=at_max,
+    )
+
+
+def _compute(
+    plan: Plan,
+    task: Task,
+    refs: Mapping[str, Any],
+    work: _Work,
+    wg: Any,
+    scratch: Mapping[str, Any],
+) -> None:
+    tile = _tile(plan, task, refs, work, wg)
+    stages = _stages(plan, task)
+    step = {"peaks": _peaks, "cotangent": _cotangent, "tangents": _tangents}[task.name]
+    pl.when(work.count > 0)(lambda: plgpu.barrier_wait(scratch["rows_full"]))
+
+    def block(i: Any, state: Any) -> Any:
+        # Its number in the stretch, where blocks are dealt to the warpgroups.
+        i = i if plan.tiles_apart else i * plan.warpgroups + wg
+        slot = lax.rem(i, stages)
+        first = (work.first + i) * plan.block
+        operands = {name: scratch[name].at[slot] for name in task.cache}
+        operands |= {name: scratch[name].at[tile.slot] for name in task.rows}
+        for name in task.cache:
+            plgpu.barrier_wait(scratch[f"{name}_full"].at[slot])
+        for name in task.zeroed:
+            _zero_outside(plan, refs, work, tile, operands[name], first)
+        state = step(plan, task, tile, operands, first, state)
+        for name in task.cache:
+            plgpu.barrier_arrive(scratch[f"{name}_free"].at[slot])
+        return state
+
+    count = work.count
+    if not plan.tiles_apart:
+        count = lax.div(count + (plan.warpgroups - 1 - wg), plan.warpgroups)
+    state = lax.fori_loop(0, count, block, _initial_state(plan, task))
+    _store(plan, task, refs, work, tile, wg, state, scratch)
+
+
+def _zero_outside(
+    plan: Plan, refs: Mapping[str, Any], work: _Work, tile: _Tile, ref: Any, first: Any
+) -> None:
+    """Zeros the positions of a block that lie outside every window of the CTA's tiles."""
+    tiles = _tiles_of_cta(plan)
+
+    def window(i: Any) -> tuple[Any, Any]:
+        number = work.group * tiles + lax.div(i, WGMMA_ROWS)
+        windows_ref, r = refs["windows"].at[work.b, number], lax.rem(i, WGMMA_ROWS)
+        return windows_ref[LOW, r], windows_ref[HIGH, r]
+
+    hull = work.low, work.high, tile.solid
+    blocks.zero_outside(ref, first, hull, tiles * WGMMA_ROWS, window)
+
+
+def _initial_state(plan: Plan, task: Task) -> Any:
+    zero = blocks.zeros((WGMMA_ROWS,))
+    sums = (
+        blocks.accumulators(task.columns(plan), plan.chunk(task.columns(plan), task.dtype))
+        if task.columns(plan)
+        else ()
+    )
+    if task.name == "cotangent":
+        return sums
+    lowest = plgpu.layout_cast(jnp.full((WGMMA_ROWS,), -jnp.inf, jnp.float32), _ROW_LAYOUT)
+    nowhere = plgpu.layout_cast(jnp.full((WGMMA_ROWS,), -1, jnp.int32), _ROW_LAYOUT)
+    if task.name == "peaks":
+        return lowest, nowhere
+    return sums, lowest, nowhere, zero, zero, zero, zero
+
+
+def _edge(plan: Plan, tile: _Tile, first: Any) -> Any:
+    """Whether a block has positions outside a window of the tile."""
+    return (first < tile.inner_low) | (first + plan.block > tile.inner_high)
+
+
+def _places(shape: tuple[int, ...]) -> jax.Array:
+    """How many positions are left in the block from each on, exact in float32; 0 for none."""
+    index = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=LAYOUT)
+    return (shape[1] - index).astype(jnp.float32)
+
+
+def _peak(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The maximum of each row, the place of the first position that attains it; places."""
+    highest, places = z.max(axis=1), _places(z.shape)
+    place = jnp.where(z == blocks.along(highest, z.shape, 0), places, 0.0).max(axis=1)
+    return highest, place, places
+
+
+def _peaks(
+    plan: Plan, task: Task, tile: _Tile, operands: Mapping[str, Any], first: Any, state: Any
+) -> Any:
+    """One block's part of the peaks."""
+    del task
+    best, t_star = state
+    (s,) = blocks.dots((operands["query"], operands["key"]))
+    z, _ = blocks.logits(plan, s)
+    edge = _edge(plan, tile, first)
+    (z,) = blocks.masked(edge, first, tile.low, tile.high, 0, (z, -math.inf))
+    highest, place, _ = _peak(z)
+    t = first + plan.block - place.astype(jnp.int32)
+    better = highest > best
+    return jnp.where(better, highest, best), jnp.where(better, t, t_star)
+
+
+def _cotangent(
+    plan: Plan, task: Task, tile: _Tile, operands: Mapping[str, Any], first: Any, state: Any
+) -> Any:
+    """One block's part of q_bar / scale."""
+    del task
+    assert tile.log_sum is not None
+    assert tile.delta is not None
+    s, p_bar = blocks.dots(
+        (operands["query"], operands["key"]), (operands["out_bar"], operands["value"])
+    )
+    p, dz_ds = blocks.probabilities(plan, s, tile.log_sum, 0)
+    s_bar = blocks.logit_cotangents(p, dz_ds, p_bar, tile.delta, tile.at_max, first, 0)
+    edge = _edge(plan, tile, first)
+    (s_bar,) = blocks.masked(edge, first, tile.low, tile.high, 0, (s_bar, 0.0))
+    (state,) = blocks.accumulate((state, s_bar.astype(plan.dtype), operands["key"]))
+    return state
+
+
+def _tangents(
+    plan: Plan, task: Task, tile: _Tile, operands: Mapping[str, Any], first: Any, state: Any
+) -> Any:
+    """One block's part of sum p z_dot v + sum p v_dot, and the statistics.
+
+    With d = z_dot at t*, l_dot / l = sum p (z_dot - d), which cancels nothing where one p is
+    nearly 1. The sum so far is moved to another d by sum p times the difference.
+    """
+    assert tile.log_sum is not None
+    sums, best, t_star, at_max, probability, centred, rounded = state
+    pairs = [(operands["query"], operands["key"])]
+    if "query_dot" in task.rows:
+        pairs.append((operands["query_dot"], operands["key"]))
+    if "key_dot" in task.cache:
+        pairs.append((operands["query"], operands["key_dot"]))
+    s, *parts = blocks.dots(*pairs)
+    z, dz_ds = blocks.logits(plan, s)
+    p = jnp.exp2(z - blocks.along(tile.log_sum, z.shape, 0))
+    z_dot = functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(z)
+    z_dot = z_dot * plan.params.softmax_scale
+    z_dot = z_dot if dz_ds is None else z_dot * dz_ds
+    z, p, z_dot = blocks.masked(
+        _edge(plan, tile, first),
+        first,
+        tile.low,
+        tile.high,
+        0,
+        (z, -math.inf),
+        (p, 0.0),
+        (z_dot, 0.0),
+    )
+    highest, place, places = _peak(z)
+    here = jnp.where(places == blocks.along(place, z.shape, 0), z_dot, 0.0).sum(axis=1)
+    better = highest > best
+    t_star = jnp.where(better, first + plan.block - place.astype(jnp.int32), t_star)
+    best, before = jnp.where(better, highest, best), at_max
+    at_max = jnp.where(better, here, before)
+    distance = p * (z_dot - blocks.along(at_max, z.shape, 0))
+    centred += (before - at_max) * probability + distance.sum(axis=1)
+    probability += p.sum(axis=1)
+    weights = (p * z_dot).astype(plan.dtype)
+    rounded += weights.astype(jnp.float32).sum(axis=1)
+    if parts:
+        (sums,) = blocks.accumulate((sums, weights, operands["value"]))
+    if "value_dot" in task.cache:
+        (sums,) = blocks.accumulate((sums, p.astype(plan.dtype), operands["value_dot"]))
+    return sums, best, t_star, at_max, probability, centred, rounded
+
+
+# Lines of the statistics of the task "tangents"; that of "peaks" is the first.
+BEST, Z_DOT_AT_MAX, PROBABILITY, CENTRED_SUM, ROUNDED_SUM = range(5)
+
+
+def _store(
+    plan: Plan,
+    task: Task,
+    refs: Mapping[str, Any],
+    work: _Work,
+    tile: _Tile,
+    wg: Any,
+    state: Any,
+    scratch: Mapping[str, Any],
+) -> None:
+    """Copies a warpgroup's results to global memory."""
+    partial = work.stretch if plan.tiles_apart else work.stretch * plan.warpgroups + wg
+    sums: tuple[jax.Array, ...] = ()
+    if task.name == "cotangent":
+        sums = tuple(x * plan.params.softmax_scale for x in state)
+    if task.statistics:
+        best, t_star, *rest = state if task.name == "peaks" else state[1:]
+        sums = () if task.name == "peaks" else state[0]
+        for line, x in enumerate((best, *rest)):
+            scratch["out_statistics"][wg, line] = x
+        scratch["out_t_star"][wg] = t_star
+        plgpu.commit_smem()
+        at = (partial, work.b, work.head, tile.number)
+        plgpu.copy_smem_to_gmem(scratch["out_statistics"].at[wg], refs["statistics"].at[at])
+        plgpu.copy_smem_to_gmem(scratch["out_t_star"].at[wg], refs["peak"].at[at])
+    if sums:
+        rows = pl.ds(tile.number * WGMMA_ROWS, WGMMA_ROWS)
+        ref = refs["result"].at[partial, work.b, rows, work.head]
+        blocks.store(scratch["staging"].at[wg], sums, ref)
+    plgpu.wait_smem_to_gmem(0)
