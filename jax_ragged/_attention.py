@@ -9,7 +9,13 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jax_ragged._caches import Cache, canonical, check_dtypes, check_shapes
+from jax_ragged._caches import (
+    Cache,
+    canonical,
+    check_dtypes,
+    check_shapes,
+    saturated_int32,
+)
 from jax_ragged._merge import with_sinks
 from jax_ragged._results import RaggedAttention
 from jax_ragged.lowering import reference
@@ -96,9 +102,10 @@ def _out_dtype(out_dtype: DTypeLike | None, query: Any) -> str | None:
 
 
 def _saturated(x: Any) -> Any:
-    """Windows as JAX can take them: wide integers of numpy saturate at the limits of int32.
+    """Windows and page tables as JAX can take them: wide integers of numpy saturate.
 
-    Without x64, JAX takes the low 32 bits of such an array as it enters a program.
+    They do so at the limits of int32. Without x64, JAX would take the low 32 bits of such an array
+    as it enters a program.
     """
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu" or x.dtype.itemsize <= 4:
         return x
@@ -109,12 +116,7 @@ def _saturated(x: Any) -> Any:
 
 def _window_bound(x: jax.Array, rank: int) -> jax.Array:
     """Casts to int32 [B] or [B, 1 or Q]; a number that int32 cannot hold saturates."""
-    limits = np.iinfo(np.int32)
-    held = np.iinfo(x.dtype)
-    if held.min < limits.min or held.max > limits.max:
-        low, high = max(held.min, limits.min), min(held.max, limits.max)
-        x = jnp.clip(x, np.array(low, x.dtype), np.array(high, x.dtype))
-    x = x.astype(jnp.int32)
+    x = saturated_int32(x)
     return x if x.ndim == rank else jnp.expand_dims(x, 1)
 
 
@@ -130,7 +132,7 @@ def _canonical(
     rank = query.ndim - 2
     if starts is None:
         starts = jnp.zeros((1,) * rank, jnp.int32)
-    operands = canonical(cache, rank, query.dtype) | {
+    operands = canonical(cache, rank, query.dtype, params.cache_layout) | {
         "query": query,
         "lengths": _window_bound(lengths, rank),
         "starts": _window_bound(starts, rank),
@@ -260,9 +262,9 @@ def ragged_attention(
       page_table: integers [B, W]. Position t of row b lies in page `page_table[b, t // T]` at
         `t % T`, and S is W * T. Rows may share pages. Entries outside of the windows may be
         anything; one inside that is not in [0, P) is clamped.
-      key_scale: floats that broadcast against [B, S, Hkv] ([P, T, Hkv] for a pool), for a key in
-        int8, float8_e4m3fn or float8_e5m2: the keys are `key_scale * key`. int8 needs one. See
-        `quantize_cache`.
+      key_scale: floats, a scalar, [Hkv], or what broadcasts against the first three dimensions of
+        key, for a key in int8, float8_e4m3fn or float8_e5m2: the keys are `key_scale * key`. int8
+        needs one. See `quantize_cache`.
       value_scale: as key_scale, for value.
       cache_layout: "BSHD", or "BHSD" for heads before positions in key, value and their scales:
         [B, Hkv, S, D], or [P, Hkv, T, D] for a pool.
@@ -279,7 +281,11 @@ def ragged_attention(
     The streaming softmax of the kernels is that of Milakov and Gimelshein, "Online normalizer
     calculation for softmax" (2018), over blocks as in FlashAttention (Dao et al., 2022).
     """
-    optional = {"page_table": page_table, "key_scale": key_scale, "value_scale": value_scale}
+    optional = {
+        "page_table": _saturated(page_table),
+        "key_scale": key_scale,
+        "value_scale": value_scale,
+    }
     optional = {name: x for name, x in optional.items() if x is not None}
     given = {"starts": starts, "page_table": page_table, "sinks": sinks}
     _require_arrays(query=query, key=key, value=value, lengths=lengths)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jax_ragged.lowering.cache import NARROW
@@ -101,6 +102,11 @@ def check_shapes(query: Any, cache: Cache, layout: CacheLayout) -> None:
             f"{query.shape}.{_transposed(cache, layout)}"
         )
     counted, _ = sizes(cache, layout)
+    if paged and 0 in (cache.key.shape[0], counted):
+        raise ValueError(
+            "ragged_attention: key must have at least one page, of at least one position; got a "
+            f"pool {letters(layout, paged, 'D')} = {cache.key.shape}."
+        )
     rows_of = cache.page_table.shape[1] if paged else 1
     if isinstance(counted, int) and isinstance(rows_of, int) and counted * rows_of >= 2**31:
         raise ValueError(
@@ -124,12 +130,24 @@ def check_shapes(query: Any, cache: Cache, layout: CacheLayout) -> None:
         )
     for name in ("key_scale", "value_scale"):
         scale = getattr(cache, name)
-        if scale is not None and not _broadcasts(scale.shape, cache.key.shape[:3]):
+        if scale is None:
+            continue
+        shape = (*scale.shape, 1) if layout == "BHSD" and scale.ndim == 1 else scale.shape
+        if not _broadcasts(shape, cache.key.shape[:3]):
             raise ValueError(
                 f"ragged_attention: {name} must broadcast against "
                 f"{letters(layout, paged, '')[:-3]}] = {cache.key.shape[:3]}; got {scale.shape}. "
-                "Pass a scalar, one scale for each head, or one for each token and head."
+                "Pass a scalar, one scale for each head [Hkv], or one for each token and head."
             )
+
+
+def saturated_int32(x: jax.Array) -> jax.Array:
+    """Integers as int32: a number that int32 cannot hold becomes the nearest that it holds."""
+    limits, held = np.iinfo(np.int32), np.iinfo(x.dtype)
+    if held.min < limits.min or held.max > limits.max:
+        low, high = max(held.min, limits.min), min(held.max, limits.max)
+        x = jnp.clip(x, np.array(low, x.dtype), np.array(high, x.dtype))
+    return x.astype(jnp.int32)
 
 
 def _transposed(cache: Cache, layout: CacheLayout, Hq: int | None = None) -> str:
@@ -145,7 +163,9 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(padded, to, strict=True))
 
 
-def canonical(cache: Cache, rank: int, dtype: DTypeLike) -> dict[str, jax.Array]:
+def canonical(
+    cache: Cache, rank: int, dtype: DTypeLike, layout: CacheLayout
+) -> dict[str, jax.Array]:
     """The operands of the primitive with rank leading dimensions, by name; None is left out."""
     paged = cache.page_table is not None
     operands = {}
@@ -153,14 +173,19 @@ def canonical(cache: Cache, rank: int, dtype: DTypeLike) -> dict[str, jax.Array]
         if x is None:
             continue
         if name.endswith("_scale"):
-            x = jnp.asarray(x, statistics_dtype(dtype))
+            wide = statistics_dtype(dtype)
+            x = x if x.dtype == wide else x.astype(wide)
+            if layout == "BHSD" and x.ndim == 1:
+                x = x[:, None]  # one for each head, which comes before the positions
             x = x.reshape((1,) * (3 - x.ndim) + x.shape)
         elif name == "page_table":
-            x = x.astype(jnp.int32)
+            x = saturated_int32(x)
         # A pool, which all rows share, has 1 for every leading dimension; a cache has B, and 1
         # for the queries of a row.
         pool = paged and name != "page_table"
-        operands[name] = jnp.expand_dims(x, tuple(range(rank)) if pool else tuple(range(1, rank)))
+        ones = tuple(range(rank)) if pool else tuple(range(1, rank))
+        # Nothing is done to a cache that is canonical: debug_nans would report it for its padding.
+        operands[name] = jnp.expand_dims(x, ones) if ones else x
     return operands
 
 
@@ -181,16 +206,27 @@ def quantize_cache(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array
     Raises:
       TypeError: if x is not of a float dtype, or dtype is none of the three.
     """
-    if jnp.dtype(dtype) not in NARROW:
+    if not isinstance(x, jax.Array | np.ndarray):
         raise TypeError(
-            f"quantize_cache: dtype must be one of {_NARROW_NAMES}; got {jnp.dtype(dtype)}."
+            "quantize_cache: x must be a jax.Array or numpy.ndarray; got "
+            f"{type(x).__name__}. Convert it with jnp.asarray."
         )
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"quantize_cache: x must have shape [..., D] with D of 1 or more; got {x.shape}."
+        )
+    try:
+        narrow = dtype is not None and jnp.dtype(dtype) in NARROW
+    except TypeError:
+        narrow = False
+    if not narrow:
+        raise TypeError(f"quantize_cache: dtype must be one of {_NARROW_NAMES}; got {dtype!r}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"quantize_cache: x must have a float dtype; got {x.dtype}. Quantise the keys or "
             "values themselves."
         )
-    wide = x.astype(statistics_dtype(x.dtype))
+    wide = jnp.asarray(x, jax.dtypes.canonicalize_dtype(statistics_dtype(x.dtype)))
     integer = jnp.issubdtype(dtype, jnp.integer)
     most = jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max
     scale = jnp.abs(wide).max(axis=-1) / jnp.asarray(most, wide.dtype)

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_ragged._results import RaggedAttention
 from jax_ragged.lowering.params import statistics_dtype
+from jax_ragged.lowering.sharding import axes_of_type
 
 AxisNames = tuple[str, ...]
 
@@ -229,8 +231,19 @@ def with_sinks(results: RaggedAttention, sinks: jax.Array, mask_value: float) ->
       The merged results, as results.
     """
     out, max_logits, _ = results
-    sinks = sinks.astype(max_logits.dtype).reshape((1,) * (max_logits.ndim - 1) + sinks.shape)
-    exists = jnp.broadcast_to(sinks > -jnp.inf, max_logits.shape)
-    m = jnp.where(exists, sinks, jnp.asarray(mask_value, sinks.dtype))
+    wide = _like(sinks.astype(max_logits.dtype), max_logits)
+    exists = wide > -jnp.inf
+    m = jnp.where(exists, wide, jnp.asarray(mask_value, wide.dtype))
     sink = RaggedAttention(jnp.zeros_like(out), m, exists.astype(m.dtype))
     return merge_partials(results, sink)
+
+
+def _like(sinks: jax.Array, statistic: jax.Array) -> jax.Array:
+    """Sinks [Hq] in the shape of a statistic [..., Hq], and split over a mesh as that is."""
+    sharding = jax.typeof(statistic).sharding
+    if axes_of_type(sharding.mesh, AxisType.Explicit):
+        heads = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[-1]))
+        sinks = jax.sharding.reshard(sinks, heads)
+        shape, last = statistic.shape, statistic.ndim - 1
+        return lax.broadcast_in_dim(sinks, shape, (last,), out_sharding=sharding)
+    return lax.broadcast_in_dim(sinks, statistic.shape, (statistic.ndim - 1,))

@@ -120,7 +120,8 @@ class Folding:
             return x.reshape(*self._sizes(spec), *x.shape[1:])
         if spec.fold == "pool":
             sizes = self._sizes(spec)
-            return x.reshape(*sizes, x.shape[0] // _product(sizes), *x.shape[1:])
+            pages = self.pages if any(self.pooled) else x.shape[0]
+            return x.reshape(*sizes, pages, *x.shape[1:])
         order = [*self._batch_dims, *self._query_dims]
         x = x.reshape(*(self.leading[i] for i in order), *x.shape[2:])
         inverse = [order.index(i) for i in range(len(order))]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import oracle
 from cases import FLOAT32, Case, assert_close, tiered, tolerance
@@ -367,7 +368,7 @@ class TestQuantize:
 
     def test_errors(self) -> None:
         with pytest.raises(
-            TypeError, match=r"^quantize_cache: dtype must be one of int8.*got int16"
+            TypeError, match=r"^quantize_cache: dtype must be one of int8.*got 'int16'"
         ):
             quantize_cache(jnp.zeros((2, 4)), "int16")
         with pytest.raises(
@@ -631,3 +632,62 @@ class TestSinks:
     def test_errors(self, sinks: Any) -> None:
         with pytest.raises(ValueError, match=r"^ragged_attention: sinks must have shape \[Hq\]"):
             ragged_attention(*GQA.operands(), sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    ("number", "page"),
+    [
+        (np.array([[2**31 + 5]], np.uint32), 4),
+        (np.array([[2**32 + 1]], np.int64), 4),
+        (np.array([[-(2**32) + 3]], np.int64), 0),
+        (np.array([[2**64 - 1]], np.uint64), 4),
+        (np.array([[-1]], np.int8), 0),
+    ],
+)
+def test_page_numbers_of_any_integer_dtype(number: Any, page: int) -> None:
+    """One that is no page is clamped to the nearest, also where int32 cannot hold it."""
+    pool = jnp.arange(5.0)[:, None, None, None] * jnp.ones((5, 4, 1, 8))
+    out = ragged_attention(jnp.ones((1, 2, 8)), pool, pool, jnp.array([4]), page_table=number).out
+    np.testing.assert_array_equal(out, page)
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+def test_scale_for_each_head(layout: Any) -> None:
+    """Of one dimension, it is for the heads in both layouts, also where S is Hkv."""
+    query, key = jnp.ones((2, 4, 8)), jnp.ones((2, 2, 2, 8), "int8")
+    scale = jnp.array([1.0, 3.0])
+    keywords: dict[str, Any] = {"cache_layout": layout, "key_scale": 1.0, "value_scale": scale}
+    out = ragged_attention(query, key, key, jnp.array([2, 2]), **keywords).out
+    np.testing.assert_array_equal(out[0, :, 0], [1, 1, 3, 3])
+
+
+@pytest.mark.parametrize("pool", [(0, 3, 2, 8), (5, 0, 2, 8)])
+def test_pools_without_positions(pool: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^ragged_attention: key must have at least one page"):
+        _call(key=jnp.zeros(pool), value=jnp.zeros(pool))
+
+
+def test_gradients_of_no_pools() -> None:
+    def gradient(pool: Any) -> Any:
+        return jax.grad(lambda x: _call(key=x, value=x).out.sum())(pool)
+
+    assert jax.vmap(gradient)(jnp.ones((0, 5, 3, 2, 8))).shape == (0, 5, 3, 2, 8)
+
+
+@pytest.mark.parametrize(("rows", "heads"), [("x", None), (None, "x")])
+@pytest.mark.parametrize("split", [False, True])
+def test_sinks_on_an_explicit_mesh(rows: Any, heads: Any, split: bool) -> None:
+    """Rows or heads are split over the mesh; the sinks as the heads, or not at all."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    operands, sinks = GQA.operands(), jnp.array([0.5, -2.0, 3.0, 0.0])
+    expected = ragged_attention(*operands, sinks=sinks)
+    with jax.set_mesh(mesh):
+        specs = P(rows, heads), P(rows, None, heads), P(rows, None, heads), P(rows), P(rows)
+        placed = [
+            jax.device_put(x, jax.NamedSharding(mesh, s))
+            for x, s in zip(operands, specs, strict=True)
+        ]
+        sinks = jax.device_put(sinks, jax.NamedSharding(mesh, P(heads if split else None)))
+        results = ragged_attention(*placed, sinks=sinks)
+    for got, want in zip(results, expected, strict=True):
+        assert_close(got, want, FLOAT32)

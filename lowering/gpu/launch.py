@@ -81,7 +81,8 @@ def launch(
             name=name,
         )
         if not updated:
-            return dict(zip(results, call(*inputs.values()), strict=True))
+            made: Any = call(*inputs.values())
+            return dict(zip(results, made, strict=True))
         if results:
             raise ValueError("a kernel that updates arrays has no other results")
 

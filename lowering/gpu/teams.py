@@ -210,8 +210,9 @@ def _add_product(total: jax.Array, p: jax.Array, values_ref: Any) -> jax.Array:
     def run(total_ref: Any) -> None:
         plgpu.wgmma(total_ref, p, values_ref)
 
-    summed: jax.Array = pl.run_state(run)(plgpu.WGMMAAccumulatorRef.init(total))
-    return summed
+    summed: Any = pl.run_state(run)(plgpu.WGMMAAccumulatorRef.init(total))
+    added: jax.Array = summed
+    return added
 
 
 class _Task(NamedTuple):
