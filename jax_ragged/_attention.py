@@ -323,10 +323,10 @@ def reference_ragged_attention(
 ) -> RaggedAttention:
     """`ragged_attention` by its definition: dense, in plain `jax.numpy`, at the cost of S.
 
-    It has the arguments, results and errors of `ragged_attention`, and is differentiated by JAX's
-    own rules. It computes in float32 (float64 for float64) and rounds the results once. At a tie
-    of the maximum, the first position carries the derivative. A window without a position, or
-    one whose logits are all -inf, is empty.
+    Its arguments mean the same as in `ragged_attention`, and it takes dense caches. It is
+    differentiated by JAX's own rules. It computes in float32 (float64 for float64) and rounds the
+    results once. At a tie of the maximum, the first position carries the derivative. A window
+    without a position, or one whose logits are all -inf, is empty.
     """
     _require_arrays(query=query, key=key, value=value, lengths=lengths)
     if starts is not None:
