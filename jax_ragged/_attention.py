@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_ragged._caches import (
-    Cache,
+    CacheArguments,
     canonical,
     check_dtypes,
     check_shapes,
@@ -50,7 +50,7 @@ def _check_sinks(query: Any, sinks: Any) -> None:
 
 
 def _check(
-    query: Any, cache: Cache, lengths: Any, starts: Any, params: RaggedAttentionParams
+    query: Any, cache: CacheArguments, lengths: Any, starts: Any, params: RaggedAttentionParams
 ) -> None:
     """Raises for the first argument that is not as the docstring of ragged_attention says."""
     arrays = {"lengths": lengths} if starts is None else {"lengths": lengths, "starts": starts}
@@ -122,7 +122,7 @@ def _window_bound(x: jax.Array, rank: int) -> jax.Array:
 
 def _canonical(
     query: jax.Array,
-    cache: Cache,
+    cache: CacheArguments,
     lengths: jax.Array,
     starts: jax.Array | None,
     params: RaggedAttentionParams,
@@ -145,7 +145,7 @@ def _canonical(
 @functools.partial(jax.jit, static_argnames="params", inline=INLINE_EQUATIONS)
 def _ragged_attention(
     query: jax.Array,
-    cache: Cache,
+    cache: CacheArguments,
     lengths: jax.Array,
     starts: jax.Array | None,
     sinks: jax.Array | None,
@@ -165,7 +165,7 @@ def _ragged_attention(
 @functools.partial(jax.jit, static_argnames="params", inline=INLINE_EQUATIONS)
 def _reference_ragged_attention(
     query: jax.Array,
-    cache: Cache,
+    cache: CacheArguments,
     lengths: jax.Array,
     starts: jax.Array | None,
     *,
@@ -302,7 +302,7 @@ def ragged_attention(
         cache_layout=cache_layout,
         optional=tuple(optional),
     )
-    cache = Cache(key, value, **optional)
+    cache = CacheArguments(key, value, **optional)
     results: RaggedAttention = _ragged_attention(
         query, cache, _saturated(lengths), _saturated(starts), sinks, params=params
     )
@@ -338,6 +338,6 @@ def reference_ragged_attention(
         out_dtype=_out_dtype(out_dtype, query),
     )
     results: RaggedAttention = _reference_ragged_attention(
-        query, Cache(key, value), _saturated(lengths), _saturated(starts), params=params
+        query, CacheArguments(key, value), _saturated(lengths), _saturated(starts), params=params
     )
     return results

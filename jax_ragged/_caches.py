@@ -13,7 +13,7 @@ from jax_ragged.lowering.params import CacheLayout, statistics_dtype
 _NARROW_NAMES = ", ".join(dtype.name for dtype in NARROW)
 
 
-class Cache(NamedTuple):
+class CacheArguments(NamedTuple):
     """The operands that make up a cache; the last three may be None.
 
     Attributes:
@@ -38,13 +38,13 @@ def letters(layout: CacheLayout, paged: bool, head_dim: str) -> str:
     return f"[{', '.join((pages, *heads, head_dim))}]"
 
 
-def sizes(cache: Cache, layout: CacheLayout) -> tuple[int, int]:
+def sizes(cache: CacheArguments, layout: CacheLayout) -> tuple[int, int]:
     """Positions of a row (or of a page), and key heads."""
     position, heads = cache.key.shape[1:3]
     return (position, heads) if layout == "BSHD" else (heads, position)
 
 
-def check_dtypes(query: Any, cache: Cache) -> None:
+def check_dtypes(query: Any, cache: CacheArguments) -> None:
     """Raises unless key and value have the dtype of query, or are quantised with their scales."""
     for name in ("key", "value"):
         dtype, scale = getattr(cache, name).dtype, getattr(cache, f"{name}_scale")
@@ -79,7 +79,7 @@ def check_dtypes(query: Any, cache: Cache) -> None:
         )
 
 
-def check_shapes(query: Any, cache: Cache, layout: CacheLayout) -> None:
+def check_shapes(query: Any, cache: CacheArguments, layout: CacheLayout) -> None:
     """Raises unless the cache fits query [B, (Q,) Hq, D]."""
     paged = cache.page_table is not None
     B, D = query.shape[0], query.shape[-1]
@@ -150,7 +150,7 @@ def saturated_int32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.int32)
 
 
-def _transposed(cache: Cache, layout: CacheLayout, Hq: int | None = None) -> str:
+def _transposed(cache: CacheArguments, layout: CacheLayout, Hq: int | None = None) -> str:
     """Advice where the cache would fit in the other layout."""
     heads = cache.key.shape[2 if layout == "BHSD" else 1]
     other = "BSHD" if layout == "BHSD" else "BHSD"
@@ -164,7 +164,7 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def canonical(
-    cache: Cache, rank: int, dtype: DTypeLike, layout: CacheLayout
+    cache: CacheArguments, rank: int, dtype: DTypeLike, layout: CacheLayout
 ) -> dict[str, jax.Array]:
     """The operands of the primitive with rank leading dimensions, by name; None is left out."""
     paged = cache.page_table is not None

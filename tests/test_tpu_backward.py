@@ -23,7 +23,7 @@ from jax_ragged.lowering.tpu.choice import MAX_ROWS, KernelPlan, choose, reading
 from jax_ragged.lowering.tpu.cost import Blocks
 from jax_ragged.lowering.tpu.cotangents import vjp_work
 from jax_ragged.lowering.tpu.grid import Walk, WorkList
-from jax_ragged.lowering.tpu.layout import CacheLayout
+from jax_ragged.lowering.tpu.layout import CacheForm
 from lowerings import refusal
 from programs import ALL, cache_sized, compile_call, op, pullback, pushforward
 
@@ -170,7 +170,7 @@ def test_subsets(wrt: tuple[int, ...], given: tuple[bool, ...]) -> None:
         assert_close(x, want[i], TOLERANCE, scale=1 + float(np.abs(want[i]).max()))
 
 
-def _reading(case: Case, wrt: tuple[bool, bool, bool]) -> CacheLayout:
+def _reading(case: Case, wrt: tuple[bool, bool, bool]) -> CacheForm:
     """How the kernel of the cotangents reads the keys."""
     query, key, value = (jax.ShapeDtypeStruct(s, case.dtype) for s in _folded_shapes(case))
     sizes = readings(query, key, value)
@@ -219,7 +219,7 @@ def test_many_queries_in_tiles(interpreted: None) -> None:
 @pytest.mark.parametrize("D", [64, 128, 256, 384])
 @pytest.mark.parametrize("H", tiered([1, 2, 3, 4, 8, 16, 32], [1, 3, 16]))
 def test_unview(H: int, D: int, by_head: bool) -> None:
-    layout = CacheLayout.of(256, H, D, jnp.bfloat16)
+    layout = CacheForm.of(256, H, D, jnp.bfloat16)
     layout = layout.by_head() if by_head else layout
     x = jnp.arange(2 * 256 * H * D).reshape(2, 256, H, D)
     np.testing.assert_array_equal(layout.unview(layout.view(x), 256), x)
@@ -227,7 +227,7 @@ def test_unview(H: int, D: int, by_head: bool) -> None:
 
 def _walk(rows: int, tiles: int, blocks: int, cores: int, *, every: bool) -> Walk:
     T = 128
-    layout = CacheLayout.of(blocks * T, 8, 128, jnp.bfloat16)
+    layout = CacheForm.of(blocks * T, 8, 128, jnp.bfloat16)
     plan = KernelPlan(
         key=layout,
         value=layout,

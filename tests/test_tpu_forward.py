@@ -22,7 +22,7 @@ from jax_ragged.lowering.tpu import choice, forward, tiles
 from jax_ragged.lowering.tpu.chips import chip_of
 from jax_ragged.lowering.tpu.cost import Blocks
 from jax_ragged.lowering.tpu.grid import WorkList
-from jax_ragged.lowering.tpu.layout import CacheLayout
+from jax_ragged.lowering.tpu.layout import CacheForm
 from lowerings import refusal
 
 # One for each way that the kernel reads a cache and brings heads together, with two blocks or
@@ -228,7 +228,7 @@ def test_strided_words(H: int, D: int) -> None:
     The TPU interpreter lacks it, so the kernel takes another way there.
     """
     S, chunk = 64, 32
-    layout = CacheLayout.of(S, H, D, jnp.bfloat16).by_head()
+    layout = CacheForm.of(S, H, D, jnp.bfloat16).by_head()
     assert layout.strided
     x = jnp.arange(S * H * D, dtype=jnp.uint32).astype(jnp.uint16)
     x = lax.bitcast_convert_type(x, jnp.bfloat16).reshape(1, S, H, D)

@@ -39,7 +39,7 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     INNER_LOW,
     LOW,
     SCALARS,
-    Plan,
+    DerivativePlan,
 )
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
 
@@ -49,7 +49,7 @@ _SHARED_MEMORY = 220 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class CacheTask:
     """What the kernel computes.
 
     Attributes:
@@ -99,25 +99,25 @@ class Task:
         }
 
 
-def positions(plan: Plan) -> int:
+def positions(plan: DerivativePlan) -> int:
     """Positions that a CTA owns."""
     return _warpgroups(plan) * WGMMA_ROWS
 
 
-def _warpgroups(plan: Plan) -> int:
+def _warpgroups(plan: DerivativePlan) -> int:
     """Computing warpgroups of a CTA: one where the operands of two do not fit."""
     return 1 if plan.wide else 2
 
 
-def tasks(plan: Plan, wrt: ByOperand[Any], at_max: bool) -> list[Task]:
+def tasks(plan: DerivativePlan, wrt: ByOperand[Any], at_max: bool) -> list[CacheTask]:
     """One task, or one for each gradient where registers do not hold both accumulators."""
     if not plan.wide:
-        return [Task(wrt.key, wrt.value, at_max, wrt.query)]
-    both = (Task(wrt.key, None, at_max, wrt.query), Task(None, wrt.value, at_max))
+        return [CacheTask(wrt.key, wrt.value, at_max, wrt.query)]
+    both = (CacheTask(wrt.key, None, at_max, wrt.query), CacheTask(None, wrt.value, at_max))
     return [task for task in both if task.results]
 
 
-def spans(plan: Plan, windows: jax.Array) -> jax.Array:
+def spans(plan: DerivativePlan, windows: jax.Array) -> jax.Array:
     """The first tile that touches the positions of each CTA, and the one after the last.
 
     i32 [B, positions / those of a CTA, 2], from windows i32 [B, tiles, 3, 64].
@@ -133,8 +133,8 @@ def spans(plan: Plan, windows: jax.Array) -> jax.Array:
 
 
 def run(
-    plan: Plan,
-    task: Task,
+    plan: DerivativePlan,
+    task: CacheTask,
     windows: jax.Array,
     operands: Mapping[str, jax.Array],
     interpret: Any = None,
@@ -173,7 +173,7 @@ def run(
     return dict(zip(task.results, outputs, strict=True))
 
 
-def _used(plan: Plan, task: Task) -> tuple[int, int]:
+def _used(plan: DerivativePlan, task: CacheTask) -> tuple[int, int]:
     """Bytes of shared memory: of what a CTA keeps, and of one stage."""
     itemsize, wgs = plan.dtype.itemsize, _warpgroups(plan)
     row = (plan.D + plan.Dv) * itemsize
@@ -185,18 +185,18 @@ def _used(plan: Plan, task: Task) -> tuple[int, int]:
     return wgs * WGMMA_ROWS * (row + staging), WGMMA_ROWS * (row + 7 * 4)
 
 
-def _stages(plan: Plan, task: Task) -> int:
+def _stages(plan: DerivativePlan, task: CacheTask) -> int:
     """Tiles in flight."""
     kept, stage = _used(plan, task)
     return max(1, min((_SHARED_MEMORY - kept) // stage, 3))
 
 
-def shared_memory(plan: Plan, task: Task) -> int:
+def shared_memory(plan: DerivativePlan, task: CacheTask) -> int:
     """Bytes that a CTA needs if there is one stage."""
     return sum(_used(plan, task))
 
 
-def _scratch(plan: Plan, task: Task) -> dict[str, Any]:
+def _scratch(plan: DerivativePlan, task: CacheTask) -> dict[str, Any]:
     wgs, stages = _warpgroups(plan), _stages(plan, task)
     widths = {"key": plan.D, "value": plan.Dv}
     scratch = {
@@ -217,14 +217,14 @@ def _scratch(plan: Plan, task: Task) -> dict[str, Any]:
     return scratch
 
 
-def _staging(plan: Plan, task: Task, name: str) -> str:
+def _staging(plan: DerivativePlan, task: CacheTask, name: str) -> str:
     """The name of the shared memory through which a gradient is stored."""
     same = plan.D == plan.Dv and task.key == task.value
     return "staging" if same else f"{name}_staging"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
+class _CacheWork:
     """What a CTA has to do.
 
     Attributes:
@@ -243,7 +243,7 @@ class _Work:
     count: Any
 
     @classmethod
-    def of(cls, plan: Plan, spans_ref: Any, cta: Any) -> "_Work":
+    def of(cls, plan: DerivativePlan, spans_ref: Any, cta: Any) -> "_CacheWork":
         """The first positions come first: more causal windows reach them."""
         cta, kv_head = lax.div(cta, plan.Hkv), lax.rem(cta, plan.Hkv)
         number, b = lax.div(cta, plan.B), lax.rem(cta, plan.B)
@@ -252,8 +252,8 @@ class _Work:
         return cls(b, kv_head, number * positions(plan), tile, tiles, tiles * plan.group)
 
 
-def _kernel(plan: Plan, task: Task, refs: Mapping[str, Any], **scratch: Any) -> None:
-    work = _Work.of(plan, refs["spans"], lax.axis_index("cta"))
+def _kernel(plan: DerivativePlan, task: CacheTask, refs: Mapping[str, Any], **scratch: Any) -> None:
+    work = _CacheWork.of(plan, refs["spans"], lax.axis_index("cta"))
     wg = lax.axis_index("wg")
 
     @pl.when(wg == _warpgroups(plan))
@@ -268,7 +268,11 @@ def _kernel(plan: Plan, task: Task, refs: Mapping[str, Any], **scratch: Any) -> 
 
 
 def _copy(
-    plan: Plan, task: Task, refs: Mapping[str, Any], work: _Work, scratch: Mapping[str, Any]
+    plan: DerivativePlan,
+    task: CacheTask,
+    refs: Mapping[str, Any],
+    work: _CacheWork,
+    scratch: Mapping[str, Any],
 ) -> None:
     """Starts the copies of the CTA's positions and then of the tiles."""
     for i in range(_warpgroups(plan)):
@@ -294,10 +298,10 @@ def _copy(
 
 
 def _compute(
-    plan: Plan,
-    task: Task,
+    plan: DerivativePlan,
+    task: CacheTask,
     refs: Mapping[str, Any],
-    work: _Work,
+    work: _CacheWork,
     wg: Any,
     scratch: Mapping[str, Any],
 ) -> None:
@@ -333,8 +337,8 @@ def _compute(
 
 
 def weights(
-    plan: Plan,
-    task: Task,
+    plan: DerivativePlan,
+    task: CacheTask,
     key_ref: Any,
     value_ref: Any,
     tile: Mapping[str, Any],

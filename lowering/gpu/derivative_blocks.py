@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
-from jax_ragged.lowering.gpu.derivative_plan import LOG2_E, Plan, tile_bytes
+from jax_ragged.lowering.gpu.derivative_plan import LOG2_E, DerivativePlan, tile_bytes
 from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS
 
 LAYOUT = plgpu.Layout.WGMMA
@@ -93,7 +93,7 @@ def positions(first: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
     return position
 
 
-def logits(plan: Plan, s: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def logits(plan: DerivativePlan, s: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """z / log 2, computed from <q, k> as the forward does, and dz/ds; None stands for 1."""
     scale, cap = plan.params.softmax_scale, plan.params.logits_soft_cap
     if cap is None:
@@ -104,7 +104,7 @@ def logits(plan: Plan, s: jax.Array) -> tuple[jax.Array, jax.Array | None]:
 
 
 def probabilities(
-    plan: Plan, s: jax.Array, log_sum: jax.Array, axis: int
+    plan: DerivativePlan, s: jax.Array, log_sum: jax.Array, axis: int
 ) -> tuple[jax.Array, jax.Array | None]:
     """exp(z - m) / l and dz/ds."""
     z, dz_ds = logits(plan, s)

@@ -43,7 +43,7 @@ def tile_bytes(columns: int, itemsize: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class DerivativePlan:
     """Everything static about the derivatives of one call.
 
     Attributes:
@@ -141,14 +141,14 @@ class Plan:
 
 def make_plan(
     query: jax.Array, key: jax.Array, value: jax.Array, params: RaggedAttentionParams
-) -> Plan:
+) -> DerivativePlan:
     """The plan for query [B, Q, Hq, D], key [B, S, Hkv, D] and value [B, S, Hkv, Dv]."""
     B, Q, Hq, D = query.shape
     S, Hkv, Dv = ceil_to(key.shape[1], SWIZZLE_ROWS), key.shape[2], value.shape[3]
     block = WGMMA_ROWS
     blocks = -(-S // block) + 1
     warpgroups = 2 if D + Dv <= _TWO_TILES else 1
-    plan = Plan(
+    plan = DerivativePlan(
         B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), params,
         block, warpgroups, blocks, 1,
     )  # fmt: skip
@@ -160,7 +160,7 @@ def make_plan(
     return dataclasses.replace(plan, stretch=stretch, stretches=-(-blocks // stretch))
 
 
-def fold(plan: Plan, x: jax.Array) -> jax.Array:
+def fold(plan: DerivativePlan, x: jax.Array) -> jax.Array:
     """[B, Q, Hq, ...] to the kernels' [B, R, H, ...], padded with zeros."""
     if plan.packed and plan.G > 1:
         x = x.reshape(plan.B, plan.Q, plan.Hkv, plan.G, *x.shape[3:])
@@ -168,12 +168,12 @@ def fold(plan: Plan, x: jax.Array) -> jax.Array:
     return _pad_rows(x, 1, plan.R)
 
 
-def pad_cache(plan: Plan, x: jax.Array) -> jax.Array:
+def pad_cache(plan: DerivativePlan, x: jax.Array) -> jax.Array:
     """[B, S, Hkv, ...] with S rounded up to whole tiles: a copy, only where it is not whole."""
     return _pad_rows(x, 1, plan.S)
 
 
-def unfold(plan: Plan, x: jax.Array) -> jax.Array:
+def unfold(plan: DerivativePlan, x: jax.Array) -> jax.Array:
     """The kernels' [B, R or more, H, ...] to [B, Q, Hq, ...]."""
     x = x[:, : plan.rows]
     if plan.packed and plan.G > 1:
@@ -195,7 +195,7 @@ LOW, HIGH, SCALARS = range(3)
 HULL_LOW, HULL_HIGH, INNER_LOW, INNER_HIGH, SOLID = range(5)
 
 
-def windows(plan: Plan, lengths: jax.Array, starts: jax.Array) -> jax.Array:
+def windows(plan: DerivativePlan, lengths: jax.Array, starts: jax.Array) -> jax.Array:
     """The windows of each tile, i32 [B, tiles, 3, 64]: see LOW and HULL_LOW.
 
     An empty window is (0, 0). The hull is that of all tiles that a CTA of a row kernel has.
@@ -228,13 +228,13 @@ def windows(plan: Plan, lengths: jax.Array, starts: jax.Array) -> jax.Array:
     return jnp.stack([low, high, line], axis=2)
 
 
-def by_tile(plan: Plan, x: jax.Array, value: float = 0) -> jax.Array:
+def by_tile(plan: DerivativePlan, x: jax.Array, value: float = 0) -> jax.Array:
     """[B, Q, Hq] to [B, H, tiles, 64], padded with a value."""
     x = _pad_rows(fold(plan, x)[:, : plan.rows], 1, plan.tiles * WGMMA_ROWS, value)
     return jnp.swapaxes(x, 1, 2).reshape(plan.B, plan.H, plan.tiles, WGMMA_ROWS)
 
 
-def from_tiles(plan: Plan, x: jax.Array) -> jax.Array:
+def from_tiles(plan: DerivativePlan, x: jax.Array) -> jax.Array:
     """[B, H, tiles, 64] to [B, Q, Hq]."""
     x = x.reshape(plan.B, plan.H, plan.tiles * WGMMA_ROWS)
     return unfold(plan, jnp.swapaxes(x, 1, 2))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax_ragged.lowering.contract import ByOperand, ByResult, Residuals, Unsupported
 from jax_ragged.lowering.gpu import cache_kernels, one_tile, row_kernels
 from jax_ragged.lowering.gpu.derivative_plan import (
-    Plan,
+    DerivativePlan,
     by_tile,
     fold,
     from_tiles,
@@ -36,7 +36,7 @@ _HEAD_DIM_UNIT, _MOST_HEAD_DIM = 16, 256
 _BLOCK_SIZE = 64
 
 
-def plan_of(residuals: Residuals, params: RaggedAttentionParams) -> Plan:
+def plan_of(residuals: Residuals, params: RaggedAttentionParams) -> DerivativePlan:
     """The plan of the kernels of a call.
 
     Raises:
@@ -63,7 +63,7 @@ def plan_of(residuals: Residuals, params: RaggedAttentionParams) -> Plan:
 
 
 def vjp(
-    plan: Plan,
+    plan: DerivativePlan,
     residuals: Residuals,
     cotangents: ByResult[jax.Array | None],
     wrt: ByOperand[Any],
@@ -92,7 +92,7 @@ def vjp(
     at_max = at_max_bar is not None
     if at_max_bar is not None:
         operands["at_max_bar"] = by_tile(plan, at_max_bar)
-        task = row_kernels.Task("peaks", ("query",), ("key",))
+        task = row_kernels.RowTask("peaks", ("query",), ("key",))
         operands["t_star"], _ = _first_peak(row_kernels.run(plan, task, table, operands, interpret))
     of_cache = wrt.key is not None or wrt.value is not None
     bars: dict[str, jax.Array] = {}
@@ -105,7 +105,7 @@ def vjp(
     if wrt.query is not None and "query" not in bars:
         dtype = wrt.query if plan.partials == 1 else jnp.float32
         names = ("query", "out_bar"), ("key", "value")
-        task = row_kernels.Task("cotangent", *names, at_max=at_max, dtype=dtype)
+        task = row_kernels.RowTask("cotangent", *names, at_max=at_max, dtype=dtype)
         bars["query"] = row_kernels.run(plan, task, table, operands, interpret)["result"]
     if "query" in bars:
         parts = bars["query"]
@@ -126,7 +126,7 @@ def _first_peak(results: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 
 
 def jvp(
-    plan: Plan,
+    plan: DerivativePlan,
     residuals: Residuals,
     tangents: ByOperand[jax.Array | None],
     interpret: Any = None,
@@ -141,7 +141,7 @@ def jvp(
     operands |= {name: pad_cache(plan, x) for name, x in caches.items() if x is not None}
     rows = tuple(name for name in operands if name.startswith("query"))
     cache = tuple(name for name in operands if not name.startswith("query"))
-    task = row_kernels.Task("tangents", rows, cache)
+    task = row_kernels.RowTask("tangents", rows, cache)
     table = windows(plan, jnp.minimum(lengths, key.shape[1]), starts)
     operands["log_sum"] = by_tile(plan, log_sum(max_logits, denominator), jnp.inf)
     results = row_kernels.run(plan, task, table, operands, interpret)

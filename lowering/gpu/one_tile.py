@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering.gpu import cache_kernels, derivative_blocks as blocks
-from jax_ragged.lowering.gpu.cache_kernels import Task
+from jax_ragged.lowering.gpu.cache_kernels import CacheTask
 from jax_ragged.lowering.gpu.derivative_plan import (
     HIGH,
     HULL_HIGH,
@@ -34,7 +34,7 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     LOW,
     SCALARS,
     SOLID,
-    Plan,
+    DerivativePlan,
 )
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
 
@@ -43,8 +43,8 @@ _SHARED_MEMORY = 220 * 1024
 
 
 def run(
-    plan: Plan,
-    task: Task,
+    plan: DerivativePlan,
+    task: CacheTask,
     windows: jax.Array,
     operands: Mapping[str, jax.Array],
     interpret: Any = None,
@@ -79,14 +79,14 @@ def run(
     return dict(zip(results, outputs, strict=True))
 
 
-def _chunk(plan: Plan, task: Task, name: str) -> int:
+def _chunk(plan: DerivativePlan, task: CacheTask, name: str) -> int:
     """Columns of a gradient that one product makes and that are stored at once."""
     if name == "query":
         return plan.chunk(plan.D, jnp.float32)
     return plan.chunk(plan.D if name == "key" else plan.Dv, task.results[name])
 
 
-def _used(plan: Plan, task: Task) -> tuple[int, int]:
+def _used(plan: DerivativePlan, task: CacheTask) -> tuple[int, int]:
     """Bytes of shared memory: of what a CTA keeps, and of one stage."""
     row = (plan.D + plan.Dv) * plan.dtype.itemsize
     staged = sum(
@@ -97,7 +97,7 @@ def _used(plan: Plan, task: Task) -> tuple[int, int]:
     return WGMMA_ROWS * (row + plan.warpgroups * staged), _BLOCK * row
 
 
-def _stages(plan: Plan, task: Task) -> int:
+def _stages(plan: DerivativePlan, task: CacheTask) -> int:
     """Blocks in flight."""
     kept, stage = _used(plan, task)
     stages = min((_SHARED_MEMORY - kept) // stage, 6)
@@ -105,7 +105,7 @@ def _stages(plan: Plan, task: Task) -> int:
     return int(stages // plan.warpgroups * plan.warpgroups)
 
 
-def _scratch(plan: Plan, task: Task) -> dict[str, Any]:
+def _scratch(plan: DerivativePlan, task: CacheTask) -> dict[str, Any]:
     stages, wgs = _stages(plan, task), plan.warpgroups
     scratch = {
         "query": blocks.swizzled((WGMMA_ROWS, plan.D), plan.dtype),
@@ -128,7 +128,7 @@ def _scratch(plan: Plan, task: Task) -> dict[str, Any]:
     return scratch
 
 
-class _Work:
+class _Stretch:
     """What a CTA has to do.
 
     Attributes:
@@ -138,7 +138,7 @@ class _Work:
       first, last: of them, those inside the hull.
     """
 
-    def __init__(self, plan: Plan, windows_ref: Any, cta: Any) -> None:
+    def __init__(self, plan: DerivativePlan, windows_ref: Any, cta: Any) -> None:
         cta, self.head = lax.div(cta, plan.H), lax.rem(cta, plan.H)
         self.b, self.stretch = lax.div(cta, plan.stretches), lax.rem(cta, plan.stretches)
         low, high = (windows_ref[self.b, 0, SCALARS, i] for i in (HULL_LOW, HULL_HIGH))
@@ -148,8 +148,8 @@ class _Work:
         self.last = jnp.clip(lax.div(high + (_BLOCK - 1), _BLOCK), self.first, self.end)
 
 
-def _kernel(plan: Plan, task: Task, refs: Mapping[str, Any], **scratch: Any) -> None:
-    work = _Work(plan, refs["windows"], lax.axis_index("cta"))
+def _kernel(plan: DerivativePlan, task: CacheTask, refs: Mapping[str, Any], **scratch: Any) -> None:
+    work = _Stretch(plan, refs["windows"], lax.axis_index("cta"))
     wg = lax.axis_index("wg")
 
     @pl.when(wg == plan.warpgroups)
@@ -167,7 +167,7 @@ def _rows(block: Any) -> Any:
     return pl.ds(pl.multiple_of(block * _BLOCK, _BLOCK), _BLOCK)
 
 
-def _rows_of_tile(work: _Work) -> Any:
+def _rows_of_tile(work: _Stretch) -> Any:
     """The first 64 query rows, more than the array may have: the copy engine skips the rest.
 
     The first is 0, but not known to be, else the size would be checked while tracing.
@@ -176,7 +176,11 @@ def _rows_of_tile(work: _Work) -> Any:
 
 
 def _copy(
-    plan: Plan, task: Task, refs: Mapping[str, Any], work: _Work, scratch: Mapping[str, Any]
+    plan: DerivativePlan,
+    task: CacheTask,
+    refs: Mapping[str, Any],
+    work: _Stretch,
+    scratch: Mapping[str, Any],
 ) -> None:
     """Starts the copies of the tile and then of the blocks."""
     rows = _rows_of_tile(work)
@@ -198,10 +202,10 @@ def _copy(
 
 
 def _compute(
-    plan: Plan,
-    task: Task,
+    plan: DerivativePlan,
+    task: CacheTask,
     refs: Mapping[str, Any],
-    work: _Work,
+    work: _Stretch,
     wg: Any,
     scratch: Mapping[str, Any],
 ) -> None:
@@ -254,7 +258,7 @@ def _compute(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _dealt(plan: Plan, wg: Any, begin: Any, end: Any, body: Any, initial: Any) -> Any:
+def _dealt(plan: DerivativePlan, wg: Any, begin: Any, end: Any, body: Any, initial: Any) -> Any:
     """A loop over every other number from begin to end, where there are two warpgroups."""
     count = lax.div(jnp.maximum(end - begin - wg, 0) + (plan.warpgroups - 1), plan.warpgroups)
     return lax.fori_loop(
@@ -262,7 +266,7 @@ def _dealt(plan: Plan, wg: Any, begin: Any, end: Any, body: Any, initial: Any) -
     )
 
 
-def _zeros(plan: Plan, task: Task, name: str) -> tuple[jax.Array, ...]:
+def _zeros(plan: DerivativePlan, task: CacheTask, name: str) -> tuple[jax.Array, ...]:
     """An accumulator [64, D or Dv] of a gradient, in chunks of the columns stored at once."""
     columns = plan.Dv if name == "value" else plan.D
     return blocks.accumulators(columns, _chunk(plan, task, name))

@@ -42,7 +42,7 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     LOW,
     SCALARS,
     SOLID,
-    Plan,
+    DerivativePlan,
 )
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
 
@@ -52,7 +52,7 @@ _SHARED_MEMORY = 222 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class RowTask:
     """What a row kernel computes.
 
     Attributes:
@@ -69,7 +69,7 @@ class Task:
     at_max: bool = False
     dtype: Any = jnp.float32
 
-    def columns(self, plan: Plan) -> int:
+    def columns(self, plan: DerivativePlan) -> int:
         """Columns of the accumulator; 0 for none."""
         return {"peaks": 0, "cotangent": plan.D, "tangents": plan.Dv}[self.name]
 
@@ -95,8 +95,8 @@ class Task:
 
 
 def run(
-    plan: Plan,
-    task: Task,
+    plan: DerivativePlan,
+    task: RowTask,
     windows: jax.Array,
     operands: Mapping[str, jax.Array],
     interpret: Any = None,
@@ -143,12 +143,12 @@ def run(
     return dict(zip(results, outputs, strict=True))
 
 
-def _width(plan: Plan, name: str) -> int:
+def _width(plan: DerivativePlan, name: str) -> int:
     """The head dimension of an operand."""
     return plan.Dv if name in ("value", "value_dot", "out_bar") else plan.D
 
 
-def _stages(plan: Plan, task: Task) -> int:
+def _stages(plan: DerivativePlan, task: RowTask) -> int:
     """Blocks of each operand of the cache in flight."""
     used, block = _used(plan, task)
     stages = min((_SHARED_MEMORY - used) // block, 6)
@@ -157,7 +157,7 @@ def _stages(plan: Plan, task: Task) -> int:
     return stages // dealt_to * dealt_to
 
 
-def _used(plan: Plan, task: Task) -> tuple[int, int]:
+def _used(plan: DerivativePlan, task: RowTask) -> tuple[int, int]:
     """Bytes of shared memory: of what a CTA keeps, and of one stage."""
     itemsize = plan.dtype.itemsize
     tile = sum(_width(plan, name) for name in task.rows) * itemsize
@@ -166,11 +166,11 @@ def _used(plan: Plan, task: Task) -> tuple[int, int]:
     return used, plan.block * sum(_width(plan, name) for name in task.cache) * itemsize
 
 
-def _tiles_of_cta(plan: Plan) -> int:
+def _tiles_of_cta(plan: DerivativePlan) -> int:
     return plan.warpgroups if plan.tiles_apart else 1
 
 
-def _scratch(plan: Plan, task: Task) -> dict[str, Any]:
+def _scratch(plan: DerivativePlan, task: RowTask) -> dict[str, Any]:
     stages, tiles = _stages(plan, task), _tiles_of_cta(plan)
     scratch: dict[str, Any] = {
         name: blocks.swizzled((tiles, WGMMA_ROWS, _width(plan, name)), plan.dtype)
@@ -194,7 +194,7 @@ def _scratch(plan: Plan, task: Task) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
+class _RowWork:
     """What a CTA has to do.
 
     Attributes:
@@ -216,7 +216,7 @@ class _Work:
     count: Any
 
     @classmethod
-    def of(cls, plan: Plan, windows_ref: Any, cta: Any) -> "_Work":
+    def of(cls, plan: DerivativePlan, windows_ref: Any, cta: Any) -> "_RowWork":
         """The last tiles come first: those of causal windows have most to do."""
         cta, head = lax.div(cta, plan.H), lax.rem(cta, plan.H)
         cta, b = lax.div(cta, plan.B), lax.rem(cta, plan.B)
@@ -230,8 +230,8 @@ class _Work:
         return cls(b, head, group, stretch, low, high, begin, count)
 
 
-def _kernel(plan: Plan, task: Task, refs: Mapping[str, Any], **scratch: Any) -> None:
-    work = _Work.of(plan, refs["windows"], lax.axis_index("cta"))
+def _kernel(plan: DerivativePlan, task: RowTask, refs: Mapping[str, Any], **scratch: Any) -> None:
+    work = _RowWork.of(plan, refs["windows"], lax.axis_index("cta"))
     wg = lax.axis_index("wg")
 
     @pl.when(wg == plan.warpgroups)
@@ -246,7 +246,11 @@ def _kernel(plan: Plan, task: Task, refs: Mapping[str, Any], **scratch: Any) -> 
 
 
 def _copy(
-    plan: Plan, task: Task, refs: Mapping[str, Any], work: _Work, scratch: Mapping[str, Any]
+    plan: DerivativePlan,
+    task: RowTask,
+    refs: Mapping[str, Any],
+    work: _RowWork,
+    scratch: Mapping[str, Any],
 ) -> None:
     """Starts the copies of the tiles and then of the blocks."""
     for i in range(_tiles_of_cta(plan)):
@@ -289,7 +293,9 @@ class _Tile:
     at_max: tuple[jax.Array, jax.Array] | None
 
 
-def _tile(plan: Plan, task: Task, refs: Mapping[str, Any], work: _Work, wg: Any) -> _Tile:
+def _tile(
+    plan: DerivativePlan, task: RowTask, refs: Mapping[str, Any], work: _RowWork, wg: Any
+) -> _Tile:
     slot = wg if plan.tiles_apart else 0
     number = work.group * _tiles_of_cta(plan) + slot
     windows_ref = refs["windows"].at[work.b, number]
@@ -314,10 +320,10 @@ def _tile(plan: Plan, task: Task, refs: Mapping[str, Any], work: _Work, wg: Any)
 
 
 def _compute(
-    plan: Plan,
-    task: Task,
+    plan: DerivativePlan,
+    task: RowTask,
     refs: Mapping[str, Any],
-    work: _Work,
+    work: _RowWork,
     wg: Any,
     scratch: Mapping[str, Any],
 ) -> None:
@@ -350,7 +356,7 @@ def _compute(
 
 
 def _zero_outside(
-    plan: Plan, refs: Mapping[str, Any], work: _Work, tile: _Tile, ref: Any, first: Any
+    plan: DerivativePlan, refs: Mapping[str, Any], work: _RowWork, tile: _Tile, ref: Any, first: Any
 ) -> None:
     """Zeros the positions of a block that lie outside every window of the CTA's tiles."""
     tiles = _tiles_of_cta(plan)
@@ -364,7 +370,7 @@ def _zero_outside(
     blocks.zero_outside(ref, first, hull, tiles * WGMMA_ROWS, window)
 
 
-def _initial_state(plan: Plan, task: Task) -> Any:
+def _initial_state(plan: DerivativePlan, task: RowTask) -> Any:
     zero = blocks.zeros((WGMMA_ROWS,))
     sums = (
         blocks.accumulators(task.columns(plan), plan.chunk(task.columns(plan), task.dtype))
@@ -380,7 +386,7 @@ def _initial_state(plan: Plan, task: Task) -> Any:
     return sums, lowest, nowhere, zero, zero, zero, zero
 
 
-def _edge(plan: Plan, tile: _Tile, first: Any) -> Any:
+def _edge(plan: DerivativePlan, tile: _Tile, first: Any) -> Any:
     """Whether a block has positions outside a window of the tile."""
     return (first < tile.inner_low) | (first + plan.block > tile.inner_high)
 
@@ -399,7 +405,12 @@ def _peak(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _peaks(
-    plan: Plan, task: Task, tile: _Tile, operands: Mapping[str, Any], first: Any, state: Any
+    plan: DerivativePlan,
+    task: RowTask,
+    tile: _Tile,
+    operands: Mapping[str, Any],
+    first: Any,
+    state: Any,
 ) -> Any:
     """One block's part of the peaks."""
     del task
@@ -415,7 +426,12 @@ def _peaks(
 
 
 def _cotangent(
-    plan: Plan, task: Task, tile: _Tile, operands: Mapping[str, Any], first: Any, state: Any
+    plan: DerivativePlan,
+    task: RowTask,
+    tile: _Tile,
+    operands: Mapping[str, Any],
+    first: Any,
+    state: Any,
 ) -> Any:
     """One block's part of q_bar / scale."""
     del task
@@ -433,7 +449,12 @@ def _cotangent(
 
 
 def _tangents(
-    plan: Plan, task: Task, tile: _Tile, operands: Mapping[str, Any], first: Any, state: Any
+    plan: DerivativePlan,
+    task: RowTask,
+    tile: _Tile,
+    operands: Mapping[str, Any],
+    first: Any,
+    state: Any,
 ) -> Any:
     """One block's part of sum p z_dot v + sum p v_dot, and the statistics.
 
@@ -486,10 +507,10 @@ BEST, Z_DOT_AT_MAX, PROBABILITY, CENTRED_SUM, ROUNDED_SUM = range(5)
 
 
 def _store(
-    plan: Plan,
-    task: Task,
+    plan: DerivativePlan,
+    task: RowTask,
     refs: Mapping[str, Any],
-    work: _Work,
+    work: _RowWork,
     tile: _Tile,
     wg: Any,
     state: Any,

@@ -130,7 +130,7 @@ class Team(NamedTuple):
     level: Any
 
 
-class Blocks(NamedTuple):
+class TeamBlocks(NamedTuple):
     """The blocks of a team, positions counted from the start of its row.
 
     Attributes:
@@ -149,7 +149,7 @@ class Blocks(NamedTuple):
 
 
 class Inner(NamedTuple):
-    """Bounds of a tile's blocks, positions counted as in `Blocks`.
+    """Bounds of a tile's blocks, positions counted as in `TeamBlocks`.
 
     Attributes:
       low: the first position that lies in all of the tile's windows.
@@ -162,8 +162,8 @@ class Inner(NamedTuple):
     end: Any
 
 
-# The columns of the table: `Blocks`, then `Inner` of each tile.
-_FIELDS, _TILE_FIELDS = len(Blocks._fields), len(Inner._fields)
+# The columns of the table: `TeamBlocks`, then `Inner` of each tile.
+_FIELDS, _TILE_FIELDS = len(TeamBlocks._fields), len(Inner._fields)
 
 
 def out_columns(columns: int, dtype: Any) -> int:
@@ -236,9 +236,9 @@ def count_of_teams(plan: TeamPlan) -> Any:
     return whole + jnp.where(_place(plan, jnp.int32(whole)) < rest, 1, 0)
 
 
-def blocks_of(table_ref: Any, index: Any) -> Blocks:
+def blocks_of(table_ref: Any, index: Any) -> TeamBlocks:
     """A team's blocks, from its row of the table."""
-    return Blocks(*(table_ref[index, field] for field in range(_FIELDS)))
+    return TeamBlocks(*(table_ref[index, field] for field in range(_FIELDS)))
 
 
 def inner_of(table_ref: Any, index: Any, tile: Any) -> Inner:
@@ -256,7 +256,7 @@ def make_tables(plan: TeamPlan, lengths: jax.Array, starts: jax.Array) -> dict[s
       starts: int32 [B, queries of the call].
 
     Returns:
-      teams: int32 [B * levels, fields]: `Blocks`, then `Inner` of each tile.
+      teams: int32 [B * levels, fields]: `TeamBlocks`, then `Inner` of each tile.
       starts, lengths: int32 [B, row_tiles, 64], of the rows of each tile, as the caller gave them;
         the rows past the last query repeat it.
     """
@@ -300,7 +300,7 @@ def make_tables(plan: TeamPlan, lengths: jax.Array, starts: jax.Array) -> dict[s
     base = plan.S * jnp.arange(plan.B, dtype=jnp.int32)[:, None]
     first = (base + low) // SWIZZLE_ROWS * SWIZZLE_ROWS - base
     count = jnp.where(high > 0, (high - first + (plan.T - 1)) // plan.T, 0)
-    fields = [*Blocks(first, count, low, high, gap)]
+    fields = [*TeamBlocks(first, count, low, high, gap)]
     for i in tiles:
         fields += Inner(inner_low[..., i], inner_high[..., i], ends[..., i])
 

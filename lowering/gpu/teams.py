@@ -39,9 +39,9 @@ from jax_ragged.lowering.gpu.softmax import (
     update,
 )
 from jax_ragged.lowering.gpu.team_plan import (
-    Blocks,
     Inner,
     Team,
+    TeamBlocks,
     TeamPlan,
     blocks_of,
     count_of_teams,
@@ -226,7 +226,7 @@ class _Task(NamedTuple):
     """
 
     at: Team
-    blocks: Blocks
+    blocks: TeamBlocks
     windows: tuple[jax.Array, jax.Array]
     inner: Inner
 
@@ -360,7 +360,7 @@ class _Warpgroup:
         return total, softmax
 
     def _zero_outside(
-        self, at: Team, blocks: Blocks, first: Any, slot: Any, positions: int
+        self, at: Team, blocks: TeamBlocks, first: Any, slot: Any, positions: int
     ) -> None:
         """Zeros the values of an edge block that lie in no window of the team: 0 * NaN is NaN.
 

@@ -16,7 +16,7 @@ from jax_ragged.lowering.contract import Unsupported
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu.chips import Chip
 from jax_ragged.lowering.tpu.cost import VMEM_SHARE, Blocks, Work, blocks_for, compute_cycles
-from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheLayout, alike, round_up
+from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheForm, alike, round_up
 
 T = TypeVar("T")
 LOG2_E = math.log2(math.e)
@@ -40,7 +40,7 @@ class Sizes:
         self.dtype = query.dtype
         # XLA gives caches shorter than the lanes other layouts: they are padded, a small copy.
         self.S = max(S, LANES)
-        layouts = (CacheLayout.of(self.S, self.Hkv, n, self.dtype) for n in (self.D, self.Dv))
+        layouts = (CacheForm.of(self.S, self.Hkv, n, self.dtype) for n in (self.D, self.Dv))
         self.key, self.value = (x.by_head() if by_head else x for x in layouts)
         self.tiles = -(-self.Q * self.Hq // MAX_ROWS)
         self.queries = -(-self.Q // self.tiles)
@@ -115,8 +115,8 @@ class KernelPlan:
       params: of the operation.
     """
 
-    key: CacheLayout
-    value: CacheLayout
+    key: CacheForm
+    value: CacheForm
     blocks: Blocks
     rows: int
     head_rows: int

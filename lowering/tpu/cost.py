@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from jax_ragged.lowering.contract import Unsupported
 from jax_ragged.lowering.tpu.chips import MIB, Chip
-from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheLayout, alike, round_up
+from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheForm, alike, round_up
 
 # Scalar code of the pipeline, and latencies that nothing hides, read from the schedules.
 STEP_CYCLES = 400
@@ -65,8 +65,8 @@ class Work:
       least_bytes: bytes of keys and values below which a larger block hides more latency.
     """
 
-    key: CacheLayout
-    value: CacheLayout
+    key: CacheForm
+    value: CacheForm
     dtype: DTypeLike
     rows: int
     tiles: int

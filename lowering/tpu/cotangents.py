@@ -51,7 +51,7 @@ from jax_ragged.lowering.tpu.choice import (
 from jax_ragged.lowering.tpu.cost import DERIVATIVE_BYTES, Work
 from jax_ragged.lowering.tpu.grid import Step
 from jax_ragged.lowering.tpu.launch import Launch, Saved, rows_of
-from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form
+from jax_ragged.lowering.tpu.layout import LANES, CacheForm, Form
 from jax_ragged.lowering.tpu.logits import Logits, where_any
 from jax_ragged.lowering.tpu.maximum import first_maximum, maximum_work
 from jax_ragged.lowering.tpu.tiles import (
@@ -96,7 +96,7 @@ class _Sum:
     """A block of the cotangent of a cache, weights.T @ rows, written or added to ref."""
 
     ref: Any  # a block of the view of the cotangent
-    layout: CacheLayout
+    layout: CacheForm
     weights: jax.Array  # [R, columns], or [pieces R, columns]
     rows: jax.Array  # [R, n]
 
@@ -115,7 +115,7 @@ class _Sum:
         return self.layout.packing if self.layout.strided else 1
 
     @classmethod
-    def of(cls, ref: Any, layout: CacheLayout, weights: jax.Array, rows: jax.Array) -> Self:
+    def of(cls, ref: Any, layout: CacheForm, weights: jax.Array, rows: jax.Array) -> Self:
         """The sum in the dtype of ref, which is wider than the cache's where sums follow."""
         packing = 4 // ref.dtype.itemsize
         return cls(ref, dataclasses.replace(layout, packing=packing), weights, rows)
@@ -148,7 +148,7 @@ def _packed(x: Slices) -> jax.Array:
 
 
 def _store_words(
-    ref: Any, layout: CacheLayout, plan: KernelPlan, j: Any, word: int, x: jax.Array
+    ref: Any, layout: CacheForm, plan: KernelPlan, j: Any, word: int, x: jax.Array
 ) -> None:
     """Writes one of the words of each token of chunk j, the inverse of how `tiles` reads them."""
     n, stride = plan.blocks.chunk, layout.stride

@@ -65,7 +65,7 @@ class ForwardRefs:
     """The refs of the kernel."""
 
     query: Any  # [1, R, D]
-    key: Any  # a block of the view of the keys: `CacheLayout.block_shape`
+    key: Any  # a block of the view of the keys: `CacheForm.block_shape`
     value: Any  # a block of the view of the values
     out: Any  # [1, R, Dv]
     statistics: Any  # float32 [1, 2, R], max_logits and denominator

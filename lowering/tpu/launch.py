@@ -24,7 +24,7 @@ from jax_ragged.lowering.contract import Operands, Residuals
 from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu.choice import Choice, KernelPlan, Sizes
 from jax_ragged.lowering.tpu.grid import SCALARS, Step, Walk, WorkList
-from jax_ragged.lowering.tpu.layout import LANES, CacheLayout
+from jax_ragged.lowering.tpu.layout import LANES, CacheForm
 
 Refs = TypeVar("Refs")
 # The position t* of a maximum that is nowhere.
@@ -130,7 +130,7 @@ class Launch(Generic[Refs]):
         else:
             self._spread_rows(name, jnp.stack(statistics, axis=1))
 
-    def cache(self, name: str, x: jax.Array, layout: CacheLayout) -> None:
+    def cache(self, name: str, x: jax.Array, layout: CacheForm) -> None:
         """Adds an operand like a cache, [B, S, H, D]."""
 
         def index(core: Any, step: Any, *scalars: Any) -> tuple[Any, ...]:
@@ -171,7 +171,7 @@ class Launch(Generic[Refs]):
         spec = pl.BlockSpec((1, *shape), lambda core, *_: (core, *zeros))
         self._output(name, (self.plan.cores, *shape), jnp.float32, spec)
 
-    def like_cache(self, name: str, layout: CacheLayout, dtype: Any) -> None:
+    def like_cache(self, name: str, layout: CacheForm, dtype: Any) -> None:
         """Adds a result like the view of a cache."""
         row_of = self.walk.row_of
         index = self._index(lambda core, tile, block: layout.block_index(row_of(tile), block))

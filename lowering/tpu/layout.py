@@ -48,7 +48,7 @@ def physical_form(S: int, H: int, D: int, dtype: DTypeLike) -> Form:
 
 
 @dataclasses.dataclass(frozen=True)
-class CacheLayout:
+class CacheForm:
     """A cache as the kernels see it.
 
     In the form TOKENS the kernel sees rows [B, S * H, D], a row for each (token, head); or, if D
@@ -186,6 +186,6 @@ class CacheLayout:
         return self.heads * T * round_up(self.head_dim, LANES) * size
 
 
-def alike(x: CacheLayout, y: CacheLayout) -> bool:
+def alike(x: CacheForm, y: CacheForm) -> bool:
     """Whether logits have the same columns."""
     return (x.interleaved, x.columns) == (y.interleaved, y.columns)

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_ragged.lowering._compat import interpret_mode
 from jax_ragged.lowering.tpu.choice import KernelPlan
-from jax_ragged.lowering.tpu.layout import LANES, CacheLayout, Form, alike
+from jax_ragged.lowering.tpu.layout import LANES, CacheForm, Form, alike
 
 # An array that is wider than the lanes of a register, in slices of 128 columns.
 Slices = list[jax.Array]
@@ -84,7 +84,7 @@ def token_by_lane(rows: int, start: int, columns: int) -> jax.Array:
 
 
 def own_head(
-    plan: KernelPlan, layout: CacheLayout, index: int, first: int = 0, rows: int | None = None
+    plan: KernelPlan, layout: CacheForm, index: int, first: int = 0, rows: int | None = None
 ) -> jax.Array:
     """Which columns of the index-th 128 are of the query row's head, in the first piece.
 
@@ -116,7 +116,7 @@ class WindowMask:
         """Takes lo and hi as scalars, or [P, 128] where queries have windows of their own."""
         self._plan, self._lo, self._hi, self._start = plan, lo, hi, block_start
 
-    def mask(self, layout: CacheLayout, j: jax.Array, index: int, rows: int) -> jax.Array:
+    def mask(self, layout: CacheForm, j: jax.Array, index: int, rows: int) -> jax.Array:
         """Which columns of the index-th 128 of chunk j lie in the windows: bool [rows, 128].
 
         The rows are the rows of whole heads, which all have the same windows.
@@ -126,7 +126,7 @@ class WindowMask:
         lo, hi = (x[:rows] if x.ndim else x for x in (self._lo, self._hi))
         return (token >= lo - base) & (token < hi - base)
 
-    def zero_outside(self, v: jax.Array, layout: CacheLayout, j: jax.Array) -> jax.Array:
+    def zero_outside(self, v: jax.Array, layout: CacheForm, j: jax.Array) -> jax.Array:
         """Zeros the entries of chunk j that lie in no window: 0 NaN would be NaN.
 
         Args:
@@ -143,9 +143,7 @@ class WindowMask:
             inside = self._any(layout, j, v.shape, axis) > 0
         return jnp.where(inside, v, jnp.zeros((), v.dtype))
 
-    def _any(
-        self, layout: CacheLayout, j: jax.Array, shape: tuple[int, ...], axis: int
-    ) -> jax.Array:
+    def _any(self, layout: CacheForm, j: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
         """1.0 where any row's window has the column, with columns along axis."""
         found = []
         for index in range(shape[axis] // LANES):
@@ -204,7 +202,7 @@ def mask_logits(
     return jnp.where(functools.reduce(jnp.logical_and, masks), z, -jnp.inf) if masks else z
 
 
-def split_pieces(rows: jax.Array, layout: CacheLayout) -> jax.Array:
+def split_pieces(rows: jax.Array, layout: CacheForm) -> jax.Array:
     """[R, n] as rows of the form TOKENS: [pieces R, lanes]."""
     return jnp.concatenate(lane_slices(rows), axis=0) if layout.pieces > 1 else rows
 
@@ -215,7 +213,7 @@ def join_pieces(x: jax.Array, plan: KernelPlan) -> jax.Array:
     return jnp.concatenate(pieces, axis=1) if len(pieces) > 1 else x
 
 
-def heads_of(layout: CacheLayout, plan: KernelPlan) -> Iterator[slice]:
+def heads_of(layout: CacheForm, plan: KernelPlan) -> Iterator[slice]:
     """The query rows of each head."""
     return (slice(h * plan.head_rows, (h + 1) * plan.head_rows) for h in range(layout.heads))
 
@@ -223,7 +221,7 @@ def heads_of(layout: CacheLayout, plan: KernelPlan) -> Iterator[slice]:
 def _all_products(
     rows: jax.Array,
     ref: Any,
-    layout: CacheLayout,
+    layout: CacheForm,
     plan: KernelPlan,
     j: Any,
     mask: WindowMask | None,
@@ -251,7 +249,7 @@ def _all_products(
 def products(
     rows: jax.Array,
     ref: Any,
-    layout: CacheLayout,
+    layout: CacheForm,
     plan: KernelPlan,
     j: Any,
     mask: WindowMask | None,
@@ -283,7 +281,7 @@ def products(
     return [compact_heads(plan, y) for y in x] if plan.compact else x
 
 
-def _selection(layout: CacheLayout, chunk: int, dtype: Any, *, tokens_first: bool) -> jax.Array:
+def _selection(layout: CacheForm, chunk: int, dtype: Any, *, tokens_first: bool) -> jax.Array:
     """A matrix of 1 where a column is of a token: [columns, tokens], or [tokens, columns]."""
     shape = (chunk * layout.columns, chunk)
     shape = shape[::-1] if tokens_first else shape
@@ -293,7 +291,7 @@ def _selection(layout: CacheLayout, chunk: int, dtype: Any, *, tokens_first: boo
     return jnp.where(same, 1.0, 0.0).astype(dtype)
 
 
-def _in_columns(x: Slices, plan: KernelPlan, layout: CacheLayout, dtype: Any) -> jax.Array:
+def _in_columns(x: Slices, plan: KernelPlan, layout: CacheForm, dtype: Any) -> jax.Array:
     """Logits or weights in the columns of a cache: [R, columns].
 
     The matrices select sums of one term, so nothing is lost.
@@ -317,12 +315,12 @@ def _in_columns(x: Slices, plan: KernelPlan, layout: CacheLayout, dtype: Any) ->
     return jnp.concatenate([_own(y, plan, layout, i) for i, y in enumerate(columns)], axis=1)
 
 
-def _own(x: jax.Array, plan: KernelPlan, layout: CacheLayout, index: int) -> jax.Array:
+def _own(x: jax.Array, plan: KernelPlan, layout: CacheForm, index: int) -> jax.Array:
     """The index-th 128 columns, 0 in columns of other heads than the row's: [R, 128]."""
     return jnp.where(own_head(plan, layout, index), x, 0.0)
 
 
-def weights_of(x: Slices, layout: CacheLayout, plan: KernelPlan, dtype: Any) -> jax.Array:
+def weights_of(x: Slices, layout: CacheForm, plan: KernelPlan, dtype: Any) -> jax.Array:
     """Weights of the columns of the logits, as weights of the rows of a chunk of a cache.
 
     Returns:
@@ -342,7 +340,7 @@ def weights_of(x: Slices, layout: CacheLayout, plan: KernelPlan, dtype: Any) -> 
 def weighted(
     weights: jax.Array,
     ref: Any,
-    layout: CacheLayout,
+    layout: CacheForm,
     plan: KernelPlan,
     j: Any,
     mask: WindowMask | None,
@@ -364,7 +362,7 @@ def weighted(
     return jnp.concatenate(sums, axis=0)
 
 
-def sum_shape(layout: CacheLayout, plan: KernelPlan) -> tuple[int, int]:
+def sum_shape(layout: CacheForm, plan: KernelPlan) -> tuple[int, int]:
     """The shape of `weighted` for all heads."""
     if layout.interleaved:
         return layout.pieces * plan.rows, layout.lanes
@@ -381,14 +379,14 @@ def rows_of_chunk(n: int, j: jax.Array | int) -> Any:
     return pl.ds(j * n if isinstance(j, int) else pl.multiple_of(j * n, n), n)
 
 
-def token_rows(ref: Any, layout: CacheLayout, plan: KernelPlan, j: jax.Array | int) -> jax.Array:
+def token_rows(ref: Any, layout: CacheForm, plan: KernelPlan, j: jax.Array | int) -> jax.Array:
     """The rows of chunk j in the form TOKENS."""
     rows: jax.Array = ref[0, rows_of_chunk(plan.blocks.chunk * layout.rows_per_token, j), :]
     return rows
 
 
 def load(
-    ref: Any, layout: CacheLayout, plan: KernelPlan, j: Any, mask: WindowMask | None, head: int = 0
+    ref: Any, layout: CacheForm, plan: KernelPlan, j: Any, mask: WindowMask | None, head: int = 0
 ) -> jax.Array:
     """Chunk j of a cache, or of one head of it, with zeros outside of the windows."""
     if layout.interleaved:
@@ -399,7 +397,7 @@ def load(
 
 
 def head_block(
-    ref: Any, layout: CacheLayout, plan: KernelPlan, j: jax.Array | int, head: int
+    ref: Any, layout: CacheForm, plan: KernelPlan, j: jax.Array | int, head: int
 ) -> jax.Array:
     """Chunk j of one head: [chunk, D], or [D, chunk] in the form SEQUENCE."""
     if layout.strided:
@@ -412,7 +410,7 @@ def head_block(
 
 
 def _strided_block(
-    ref: Any, layout: CacheLayout, plan: KernelPlan, j: jax.Array | int, head: int
+    ref: Any, layout: CacheForm, plan: KernelPlan, j: jax.Array | int, head: int
 ) -> jax.Array:
     """Chunk j of one head in the form TOKENS: [chunk, D].
 
@@ -431,7 +429,7 @@ def _strided_block(
 
 
 def _strided_words(
-    ref: Any, layout: CacheLayout, plan: KernelPlan, j: jax.Array | int, word: int
+    ref: Any, layout: CacheForm, plan: KernelPlan, j: jax.Array | int, word: int
 ) -> jax.Array:
     """One of the words of each token of chunk j: [chunk, lanes], int32 where elements share it."""
     n, stride = plan.blocks.chunk, layout.stride
