@@ -63,6 +63,7 @@ def _run(script: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.full
 def test_command(tmp_path: pathlib.Path) -> None:
     text = tmp_path / "text"
     text.write_bytes(TEXT.tobytes() * 2)

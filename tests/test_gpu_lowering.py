@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 import cases
 import oracle
-from cases import CASES, Case, Operands, assert_close, poison, tolerance
+from cases import CASES, Case, Operands, assert_close, poison, tiered, tolerance
 from jax_ragged import ragged_attention
 from jax_ragged.lowering import contract, gpu
 from jax_ragged.lowering.dispatch import Target
@@ -312,7 +312,7 @@ class TestInterpreted:
         ],
         ids=lambda case: case.name,
     )
-    @pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("out_dtype", tiered(["bfloat16", "float32"], ["bfloat16"]))
     def test_line(self, case: Case, out_dtype: str) -> None:
         def schedule(plan_of: tuple[Any, Any, Any, Any], arguments: Any) -> Any:
             plan = dataclasses.replace(make_plan(*plan_of, jnp.dtype(out_dtype)), parts=3)

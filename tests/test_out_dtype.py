@@ -23,7 +23,7 @@ WAYS: dict[str, Callable[..., RaggedAttention]] = {
     "dense": ragged_attention,
     "blocks": lambda *x, **p: ragged_attention(*x, block_size=8, **p),
 }
-ways = pytest.mark.parametrize("way", WAYS)
+ways = pytest.mark.parametrize("way", cases.tiered(WAYS, ["blocks", "dense"]))
 cases_ = pytest.mark.parametrize("case", CASES, ids=cases.ids(CASES))
 # Operands are exact in float32, and nothing on the way is rounded to less.
 TOL = 1e-5
