@@ -196,6 +196,7 @@ def test_bfloat16(Q: int, interpreted: None) -> None:
     _assert_bfloat16(case, ALL)
 
 
+@pytest.mark.full
 def test_grouped_tiles(interpreted: None) -> None:
     """More heads than sublanes: their tiles of lanes stand in groups of heads."""
     ends, starts, sizes = ((70,) * 8,), ((31,) * 8,), {"S": 70, "D": 256, "Dv": 256}
@@ -383,7 +384,8 @@ DIFFERENT = [
 
 @pytest.mark.parametrize(
     ("generation", "sizes", "derivative", "dtype"),
-    tiered(DIFFERENT, DIFFERENT[::3]),
+    # A program of 17 s, for v5p in float32, is among the others.
+    tiered(DIFFERENT, [x for x in DIFFERENT[::3] if x[0] != "v5p"]),
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_different_head_dims_compile(
