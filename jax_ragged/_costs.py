@@ -17,6 +17,7 @@ from jax_ragged.primitives import (
     ragged_attention_p,
     ragged_attention_vjp_p,
 )
+from jax_ragged.primitives._avals import joined_sizes
 from jax_ragged.primitives._folding import Folding
 from jax_ragged.primitives._primitive import definition_of
 from jax_ragged.primitives._signature import Signature
@@ -287,12 +288,7 @@ class _Call:
         }
         folding = Folding.of(signature, operands)
         sizes = {"B": folding.B, "Q": folding.Q}
-        for spec in signature.operands:
-            if not spec.broadcasts:
-                trailing = operands[spec.name].shape[len(folding.leading) :]
-                sizes |= dict(zip(spec.trailing, trailing, strict=True))
-        if "W" in sizes:
-            sizes["S"] = sizes["W"] * sizes["T"]
+        sizes |= joined_sizes(signature, operands, len(folding.leading))
         key = operands["key"]
         if not all(isinstance(n, int) for n in sizes.values()):
             raise ValueError(

@@ -76,7 +76,7 @@ class Checked:
                         f"{primitive}: leading dimension {i} of {name} must be {leading[i]} or 1; "
                         f"got {_describe(operands)}."
                     )
-        sizes = _joined_sizes(signature, operands, rank)
+        sizes = joined_sizes(signature, operands, rank)
         if is_zero(sizes["Hkv"]) or sizes["Hq"] % sizes["Hkv"] != 0:
             raise ValueError(
                 f"{primitive}: the query heads must be a multiple of the key heads; "
@@ -180,7 +180,7 @@ class Checked:
         return aval
 
 
-def _joined_sizes(
+def joined_sizes(
     signature: Signature, operands: Mapping[str, ShapedArray], rank: int
 ) -> dict[str, Any]:
     """The sizes of the trailing dimensions, by letter."""
