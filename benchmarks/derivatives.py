@@ -1,4 +1,4 @@
-"""What derivatives cost, in forwards: of ragged attention, and of the dense reference by autodiff.
+"""The cost of derivatives, in forwards: ragged attention, and the dense reference by autodiff.
 
     python -m benchmarks.derivatives [--repeats N] [--scale N]
 

@@ -1,4 +1,4 @@
-"""Cases, their operands, timing in turn, and tables: what all benchmarks share."""
+"""Cases, their operands, timing in turn, and tables, for all benchmarks."""
 
 import dataclasses
 import importlib
@@ -55,7 +55,7 @@ class Case:
 
     @property
     def valid_bytes(self) -> int:
-        """What must be read of the cache at least once."""
+        """The bytes of the cache that must be read at least once."""
         token = 2 * self.Hkv * self.D * jnp.dtype(self.dtype).itemsize
         return int(self.lengths().sum()) * token
 
@@ -136,7 +136,7 @@ def compiled(function: Callable[..., Any], *operands: Any, calls: int = 1) -> Ca
             out = jax.tree.leaves(function(*operands[:-1], lengths))[0]
             return lengths + (out.ravel()[0] > 1e30).astype(lengths.dtype)
 
-        # Not unrolled: XLA would compute once what several calls have in common.
+        # Not unrolled: XLA would compute the common parts of several calls once.
         return jax.lax.fori_loop(0, calls, call, operands[-1])
 
     start = time.perf_counter()
@@ -159,7 +159,7 @@ def ours(problem: Problem, calls: int = 1) -> Candidate:
 
 
 def jax_candidates(problem: Problem, calls: int = 1) -> dict[str, Candidate]:
-    """Ours, the dense reference and jax.nn.dot_product_attention: what every platform has."""
+    """Ours, the dense reference and jax.nn.dot_product_attention, which every platform has."""
 
     def dense(q: Any, k: Any, v: Any, lengths: Any) -> Any:
         return reference_ragged_attention(q, k, v, lengths, softmax_scale=problem.scale).out
@@ -177,11 +177,11 @@ def jax_candidates(problem: Problem, calls: int = 1) -> dict[str, Candidate]:
 
 
 class Platform(Protocol):
-    """What benchmarks/<platform>.py has.
+    """The contents of benchmarks/<platform>.py.
 
     Attributes:
       CASES: in the order in which they are measured.
-      GOALS: what the table is to show.
+      GOALS: the goals that the table is measured against.
       SWEEP: the case from which the plots start.
       CALLS: of a JAX function in one compiled loop.
     """
@@ -192,7 +192,7 @@ class Platform(Protocol):
     CALLS: int
 
     def peers(self, problem: Problem) -> dict[str, Candidate]:
-        """Implementations other than those of `jax_candidates`, by name."""
+        """Implementations beside the `jax_candidates`, by name."""
         ...
 
     def read_bandwidth(self) -> tuple[str, float]:
@@ -259,7 +259,7 @@ def time_in_turn(
 
 
 def check_outputs(problem: Problem, candidates: Mapping[str, Candidate]) -> None:
-    """Raises if an output is not that of the dense reference, in the rounding of its dtype."""
+    """Raises if an output differs from the dense reference by more than its dtype's rounding."""
     expected = candidates["dense reference"].out
     tol = {"float32": 1e-4, "float64": 1e-4, "bfloat16": 4e-2, "float16": 5e-3}[problem.case.dtype]
     for name, candidate in candidates.items():
@@ -285,7 +285,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def versions() -> str:
-    """What a table was measured with."""
+    """The versions and the machine of a table."""
     device = jax.devices()[0]
     torch = importlib.util.find_spec("torch")
     parts = [f"jax {jax.__version__}", f"{jax.device_count()} x {device.device_kind}"]

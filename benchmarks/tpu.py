@@ -33,6 +33,6 @@ def read_bandwidth() -> tuple[str, float]:
 
 
 def peers(problem: Problem) -> dict[str, Candidate]:
-    """None besides those of JAX."""
+    """None besides JAX's own."""
     del problem
     return {}

@@ -1,4 +1,4 @@
-"""What the TPU compiler is asked for without a TPU, by the benchmark of schedules and by tests."""
+"""Programs for the TPU compiler, without a TPU: for the benchmark of schedules and for tests."""
 
 import dataclasses
 

@@ -34,7 +34,7 @@ def interpret_mode() -> Any:
 def interpret_effects() -> frozenset[Any]:
     """The effects that a kernel has when `interpret_mode` runs it on the CPU.
 
-    Private: an equation must declare what its lowering will emit.
+    Private: an equation must declare the effects that its lowering will emit.
     """
     mode = interpret_mode()
     if mode is None:
@@ -49,7 +49,7 @@ def as_primitive(fun: Callable[..., Any]) -> Callable[..., Any]:
 
     Private: under `debug_nans` JAX runs a jitted function that gave a NaN again, operation by
     operation. Of a primitive's own evaluation, that would be itself without end; with the mark
-    it reports the primitive, as for those of lax.
+    it reports the primitive, as it does for primitives of lax.
     """
     fun._apply_primitive = True  # type: ignore[attr-defined]
     return fun

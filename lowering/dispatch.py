@@ -37,7 +37,7 @@ _LOWERINGS: dict[str, Lowering | str] = {
 
 
 def register(platform: str, lowering: Lowering) -> None:
-    """Makes a lowering that of a platform, in place of an earlier one."""
+    """Sets the lowering of a platform, in place of an earlier one."""
     _LOWERINGS[platform] = lowering
 
 
@@ -180,7 +180,7 @@ def target_of(
 
 
 def higher_order_target(params: RaggedAttentionParams, summed: tuple[bool, ...] = ()) -> Target:
-    """The target of what derivatives of second and higher order need: the reference.
+    """The target of derivatives of second and higher order: the reference.
 
     No lowering has kernels for them. The reference forms the logits of all S positions. `summed`
     is as in `Target`.

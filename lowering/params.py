@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-# What max_logits holds for an empty window: 0.7 times the most negative float32, so that the
+# The max_logits of an empty window: 0.7 times the most negative float32, so that the
 # difference of two of them stays finite.
 DEFAULT_MASK_VALUE = -2.381976426469702e38
 
@@ -61,10 +61,10 @@ class RaggedAttentionParams:
       mask_value: `max_logits` of an empty window, finite in float32.
       implementation: "reference" or "kernel" forces one, None lets the lowering choose.
       partition: mesh axes of the leading dimensions and, last, of the heads, or None.
-      out_dtype: the name of the dtype of `out`, or None for that of query.
+      out_dtype: the name of the dtype of `out`, or None for the dtype of query.
       cache_layout: the order of the dimensions of key and value: "BSHD" has positions before
         heads, "BHSD" heads before positions.
-      optional: the names of those of `OPTIONAL` that are among the operands.
+      optional: the names of the operands of `OPTIONAL` that the call has.
     """
 
     softmax_scale: float = 1.0
@@ -165,7 +165,7 @@ class RaggedAttentionParams:
         return dataclasses.replace(self, out_dtype=out_dtype)
 
     def __repr__(self) -> str:
-        """Names what differs from the defaults, for jaxprs."""
+        """Names the fields that differ from the defaults, for jaxprs."""
         changed = [
             f"{field.name}={getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)

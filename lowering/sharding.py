@@ -33,10 +33,10 @@ def axis_names(entry: Any) -> tuple[str, ...]:
 def split_alike(operands: Sequence[jax.Array], rank: int) -> tuple[jax.Array, ...]:
     """Splits replicated leading dimensions over the explicit axes that split the others'.
 
-    Splitting what every device holds moves nothing. Dimensions of size 1 are shared and stay
-    whole. A dimension that two operands split differently stays as it is, and so does one that
+    Splitting an array that every device holds moves nothing. Dimensions of size 1 are shared and
+    stay whole. A dimension that two operands split differently stays as it is, and so does one that
     would repeat an axis, and everything where an operand is unreduced: the checks of the primitive
-    then say what is required.
+    then state the requirement.
     """
     avals = [jax.typeof(x) for x in operands]
     mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)

@@ -1,7 +1,7 @@
 """The checks of operands and the types of results, shared by the three primitives.
 
-A result is built from the operands' types, so that it keeps what they carry: the mesh and the
-sharding of an explicit mesh, and the manual axes over which values vary inside shard_map.
+A result is built from the operands' types, so that it keeps the mesh and the sharding of an
+explicit mesh, and the manual axes over which values vary inside shard_map.
 """
 
 import dataclasses
@@ -270,12 +270,12 @@ def _check_partition(operands: Checked, partition: PartitionSpec, mesh: Abstract
     if not is_one(operands.sizes["Hkv"]):
         sizes["heads of key"] = operands.sizes["Hkv"]
     dims = [(f"leading dimension {i}", n, partition[i]) for i, n in enumerate(operands.leading)]
-    dims += [(what, n, partition[-1]) for what, n in sizes.items()]
-    for what, n, entry in dims:
+    dims += [(name, n, partition[-1]) for name, n in sizes.items()]
+    for name, n, entry in dims:
         shards = math.prod(mesh.shape[axis] for axis in axis_names(entry))
         if n % shards != 0:
             raise ValueError(
-                f"{primitive}: partition must split dimensions evenly; got {what} of size {n} "
+                f"{primitive}: partition must split dimensions evenly; got {name} of size {n} "
                 f"over {entry}, {shards} shards. Pad the batch, repeat the heads of key and "
                 "value, or name fewer axes."
             )
@@ -321,7 +321,7 @@ def _joined_leading_axes(
 
 
 _SHARD_OTHERS = "Shard the batch or the heads instead."
-# The dimensions that must not be sharded: the name of each, and what to do instead.
+# The dimensions that must not be sharded: the name of each, and the advice.
 _UNSHARDED = {
     "S": ("sequence", "Attend to each shard in jax.shard_map and use jax_ragged.merge_partials."),
     "P": ("page", "Give each shard a pool and a page table of its own in jax.shard_map."),
@@ -344,9 +344,9 @@ def _joined_axes(
             spec.trailing, aval.shape[rank:], aval.sharding.spec[rank:], strict=True
         ):
             if axis is not None and letter in _UNSHARDED:
-                what, instead = _UNSHARDED[letter]
+                name, instead = _UNSHARDED[letter]
                 raise TypeError(
-                    f"{primitive}: the {what} dimension {letter} of {spec.name} must not be "
+                    f"{primitive}: the {name} dimension {letter} of {spec.name} must not be "
                     f"sharded; got {_describe(operands)}. {instead}"
                 )
             if spec.broadcasts and is_one(size):

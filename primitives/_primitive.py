@@ -186,7 +186,7 @@ def linear_jvp_rule(primitive: Primitive, definition: Definition, marks: str) ->
 def _jvp_of_moving(
     plain: Callable[..., list[jax.Array]], primals: Sequence[jax.Array], tangents: Sequence[Any]
 ) -> list[jax.Array]:
-    """The tangents of plain for those of its operands that move; the others are constants."""
+    """The tangents of plain for the operands that move; the other operands are constants."""
     moving = [i for i, t in enumerate(tangents) if is_nonzero(t)]
 
     def of_moving(*values: jax.Array) -> list[jax.Array]:
@@ -218,7 +218,7 @@ def definition_of(primitive: Primitive) -> Definition:
 
 
 def register_lowering(platform: str, lowering: Lowering) -> None:
-    """Makes a lowering that of a platform, in place of the one that the package has for it.
+    """Sets the lowering of a platform, in place of the one that the package has for it.
 
     Call it before the first use of ragged attention: programs that are compiled already keep
     theirs.

@@ -19,8 +19,8 @@ T = TypeVar("T")
 # The dtype: as query, as query or narrow, as out (see `RaggedAttentionParams.out_dtype`), as the
 # statistics, or int32.
 Kind = Literal["query", "cache", "out", "statistic", "position"]
-# How leading dimensions fold: into rows and queries, [B, Q, ...]; into rows, [B, ...], for what
-# the queries of a row share; into pages, [P, ...], for a pool.
+# How leading dimensions fold: into rows and queries, [B, Q, ...]; into rows, [B, ...], for an
+# operand that the queries of a row share; into pages, [P, ...], for a pool.
 Fold = Literal["query", "row", "pool"]
 
 

@@ -1,8 +1,8 @@
-"""Set-up of all tests: devices, the two tiers, hypothesis, and what a test file may ask for.
+"""Set-up of all tests: devices, the two tiers, hypothesis, and fixtures for test files.
 
 Without options pytest runs the default tier: in minutes, with every rule, every lowering and every
-generation of TPU in it. `--full` adds what is marked `full`: the matrices, and the tests that take
-long for what they add to the others.
+generation of TPU in it. `--full` adds the tests marked `full`: the matrices, and tests that
+take long for the little that they add.
 """
 
 import os
@@ -29,7 +29,7 @@ import pytest
 import lowerings
 import programs
 
-# Eight CPU devices stand for a mesh; what is not sharded runs on the first.
+# Eight CPU devices stand for a mesh; programs without sharding run on the first.
 jax.config.update("jax_num_cpu_devices", 8)
 
 # A failure prints a line, @reproduce_failure(...), that repeats it in either profile.

@@ -134,7 +134,7 @@ def vjp(
     logits_soft_cap: float | None = None,
     mask_value: float = -2.381976426469702e38,
 ) -> Gradients:
-    """The cotangents of query, key and value for those of the results; None is 0.
+    """The cotangents of query, key and value for cotangents of the results; None is 0.
 
     Of complex operands it is analytic, so that the complex step gives its own tangents.
     """

@@ -2,7 +2,7 @@
 
 Programs are compiled for TPUs that are not there, too.
 
-`test_programs.py` shows every reader a program in which it finds what other tests miss.
+`test_programs.py` shows every reader a program that has the pattern which other tests rule out.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from benchmarks.tpu_cases import TOPOLOGIES
 from jax_ragged import ragged_attention
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-# What moves or makes an array in optimised HLO.
+# The operations that move or make an array in optimised HLO.
 MOVES = ("copy", "transpose", "convert", "fusion", "pad")
 ALL = (0, 1, 2)
 WRT = ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), ALL)
@@ -76,7 +76,7 @@ def _walk(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
 
 
 def equations(fun: Callable[..., Any], *args: Any) -> list[JaxprEqn]:
-    """All equations of fun's jaxpr, those of nested jaxprs included."""
+    """All equations of fun's jaxpr and of the jaxprs nested in it."""
     return list(_walk(jax.make_jaxpr(fun)(*args).jaxpr))
 
 
@@ -128,7 +128,7 @@ def collectives(text: str) -> dict[str, int]:
 
 
 def made(text: str, *operations: str) -> list[tuple[int, str]]:
-    """The size, in elements, and the line of what these operations make in an optimised program."""
+    """The size, in elements, and the line of each result of these operations in optimised HLO."""
     kinds = "|".join(map(re.escape, operations))
     pattern = re.compile(rf"= \(?\w+\[([\d,]*)\].*? (?:{kinds})(?:-start)?\(")
     matches = [(pattern.search(line), line) for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""Meshes of the eight CPU devices, operands laid out on them, and what sharded programs give."""
+"""Meshes of the eight CPU devices, operands laid out on them, and results of sharded programs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +35,7 @@ def specs(case: Case) -> tuple[P, ...]:
 
 
 def partition(case: Case) -> P:
-    """The argument `partition` that says what `specs` does."""
+    """The argument `partition` with the meaning of `specs`."""
     return specs(case)[0]
 
 

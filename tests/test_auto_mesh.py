@@ -130,7 +130,7 @@ def test_one_device_needs_no_partition() -> None:
 
 @pytest.mark.parametrize("spmd", ["data", None])
 def test_mapped(mesh: Any, spmd: str | None) -> None:
-    """Each vmap gives `partition` an entry in front: that of spmd_axis_name, or none."""
+    """Each vmap gives `partition` an entry in front: spmd_axis_name, or none."""
     case = Case("mapped", (20, 3), Hq=4, Hkv=4, S=20, D=8, Dv=8)
     operands = sharded.operands(case)
     scales = np.array([1.0, -0.5], np.float32)

@@ -45,7 +45,7 @@ def test_gradients(policy: Any) -> None:
     ids=["none", "nothing", "another", "two_named", "all_named", "everything"],
 )
 def test_forward_runs(policy: Any, runs: int) -> None:
-    """What is not saved is computed again; with the three names saved, nothing is."""
+    """Unsaved values are computed again; with the three names saved, nothing is."""
 
     def loss(query: Any) -> Any:
         out, _, _ = jax.checkpoint(op(CASE), policy=policy)(query, *CASE.operands()[1:])

@@ -94,7 +94,7 @@ json.dump([events.count(name) for name in names], sys.stdout)
 
 
 def test_another_process_compiles_nothing(tmp_path: Path) -> None:
-    """What a program's key in the persistent cache is made of is the same in every process."""
+    """The parts of a program's key in the persistent cache are the same in every process."""
 
     def hits_and_misses() -> Any:
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu"}

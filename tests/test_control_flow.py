@@ -110,7 +110,7 @@ def test_vmap_of_scan() -> None:
 
 
 def test_vmap_of_while_with_a_mapped_condition() -> None:
-    """Rows of the map stop at different steps; each keeps what it had when it stopped."""
+    """Rows of the map stop at different steps; each keeps its values from then on."""
     operands = SMALL.operands()
 
     def run(limit: Any) -> Any:

@@ -19,7 +19,7 @@ VALUE = jax.ShapeDtypeStruct((B, S, Hkv, Dv), jnp.bfloat16)
 LENGTHS: Any = np.array([10, 0, 100], np.int32)
 TOKENS = 10 + 0 + 64
 
-# Bytes of one position of key and of value, and of what else the forward reads and writes:
+# Bytes of one position of key and of value, and of the rest that the forward reads and writes:
 # query, lengths, one 0 for all starts; out and two statistics.
 K, V = Hkv * D * 2, Hkv * Dv * 2
 IO = B * Hq * D * 2 + B * 4 + 4 + B * Hq * (Dv * 2 + 4 + 4)
@@ -153,7 +153,7 @@ def test_scans() -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_scanned_lengths(reverse: bool) -> None:
-    """Elements of a scanned operand, and what a scan leaves in its carry."""
+    """Elements of a scanned operand, and the carry that a scan leaves."""
     steps = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
 
     def run(query: Any, key: Any, value: Any, steps: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The CPU lowering: every case in blocks, and what the compiled programs hold and read."""
+"""The CPU lowering: every case in blocks, and the memory that compiled programs use."""
 
 import dataclasses
 import functools
@@ -110,7 +110,7 @@ def test_memory_does_not_grow_with_the_cache(program: str, dtype: str) -> None:
     short, long = (temporary_bytes(function, *_operands(S, dtype)) for S in (1024, 4096))
     allowed = 4096
     if (program, dtype) == ("grad", "bfloat16") and jax.__version_info__ < (0, 12):
-        # The bits of a cotangent, written before they become bfloat16: XLA keeps those of one
+        # The bits of a cotangent, written before they become bfloat16: XLA keeps the bits of one
         # operand in a buffer of its own.
         allowed += sum(x.nbytes for x in _operands(4096 - 1024, dtype)[1:2])
     assert long <= short + allowed

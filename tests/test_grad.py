@@ -69,7 +69,7 @@ def test_subsets(x64: None, wrt: tuple[int, ...], given: tuple[bool, ...]) -> No
 
 @pytest.mark.parametrize("given", GIVEN, ids=lambda g: "".join(map(str, map(int, g))))
 def test_equations(x64: None, given: tuple[bool, ...]) -> None:
-    """One forward and one backward; nothing stands for what was not given or not asked for."""
+    """One forward and one backward; absent cotangents and gradients have no place in them."""
     case = double(SMALL)
     for wrt in WRT:
         run = pullback(_only(case, given), wrt)

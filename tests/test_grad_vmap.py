@@ -1,4 +1,4 @@
-"""Gradient of a vmap: what the examples share gets the sum, without a copy for each."""
+"""Gradient of a vmap: an operand that the examples share gets the sum, without a copy for each."""
 
 import re
 from typing import Any
@@ -88,7 +88,7 @@ def test_subset_of_operands(wrt: tuple[int, ...]) -> None:
 
 
 def test_nested_maps() -> None:
-    """grad(vmap(grad(vmap))): a loss over per-example gradients of what an inner map shares."""
+    """grad(vmap(grad(vmap))): a loss over per-example gradients of a shared operand."""
     axes = (0, None, None, None, None)
     stacked, _ = _arguments(SMALL, axes)
 
@@ -128,7 +128,7 @@ def test_shared_cache_is_not_copied() -> None:
     results = jax.eval_shape(op(SMALL), query[0], *operands[1:])
     bars = tuple(np.ones((n, *x.shape), np.float32) for x in results)
     assert largest_made(run, operands, bars) <= key.size
-    # The reference may hold both once without what is outside the windows, and both gradients.
+    # The reference may hold both once, zeroed outside the windows, and both gradients.
     assert temporary_bytes(run, operands, bars) < 5 * key.nbytes
     program = jax.jit(run).lower(operands, bars).compile().as_text() or ""
     shapes = re.findall(r"f32\[([\d,]+)\]", program)

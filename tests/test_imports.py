@@ -1,4 +1,4 @@
-"""What is imported: no Pallas until it is needed, one way between the folders, one name each."""
+"""Imports: no Pallas until it is needed, one way between the folders, one name each."""
 
 import ast
 import subprocess
@@ -21,7 +21,7 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_is_light() -> None:
-    # JAX itself imports stubs under jax._src.pallas; the package is what is slow.
+    # JAX itself imports stubs under jax._src.pallas; the package itself is slow.
     done = _python("import jax_ragged, sys; print('jax.experimental.pallas' in sys.modules)")
     assert done.stdout.strip() == "False", done.stderr
 

@@ -1,4 +1,4 @@
-"""What a user sees: the named equation, with the parameters that differ from the defaults."""
+"""The equation that a user sees: named, with the parameters that differ from the defaults."""
 
 from typing import Any
 

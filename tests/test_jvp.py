@@ -36,7 +36,7 @@ def test_subset_of_tangents(case: Case, wrt: tuple[int, ...]) -> None:
 
 
 def test_no_tangent() -> None:
-    """Only what is not differentiable moves: the tangents are zeros and nothing computes them."""
+    """Only operands without derivatives move: the tangents are zeros and nothing computes them."""
     operands = SMALL.operands()
 
     def run(shift: Any) -> Any:

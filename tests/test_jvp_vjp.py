@@ -103,7 +103,7 @@ def test_jvp_of_jvp(case: Case) -> None:
 
 
 def test_second_order_keeps_the_linear_primitives() -> None:
-    """In what is linear, the derivative of a fused primitive is the fused primitive."""
+    """In its linear operands, the derivative of a fused primitive is the fused primitive."""
     case = CASES[0]
     operands, bars = case.operands(), case.cotangents()
 

@@ -1,4 +1,4 @@
-"""`python -m jax_ragged`: what it reports, and that its check can fail."""
+"""`python -m jax_ragged`: its report, and that its check can fail."""
 
 import os
 import pathlib

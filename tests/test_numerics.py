@@ -517,7 +517,7 @@ def test_sizes_of_zero(size: str, block_size: int | None) -> None:
         ragged_attention(*operands, lengths, implementation="kernel")
 
 
-# What lies in a window of another query.
+# A position in the window of another query.
 
 
 @pytest.mark.parametrize("way", WAYS)

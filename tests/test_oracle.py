@@ -15,7 +15,7 @@ def test_by_hand() -> None:
     key = np.log(np.array([1.0, 2.0, 4.0, 8.0])).reshape(1, 4, 1, 1)
     value = np.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)
     results = oracle.attention(query, key, value, np.array([3]), np.array([1]))
-    # Window {1, 2}: logits (log 2, log 4) of head 0, twice those of head 1.
+    # Window {1, 2}: logits (log 2, log 4) of head 0, twice the logits of head 1.
     np.testing.assert_allclose(results.max_logits, np.log([[4.0, 16.0]]), rtol=1e-15)
     np.testing.assert_allclose(results.denominator, [[1 + 1 / 2, 1 + 1 / 4]], rtol=1e-15)
     expected = [(2 * 2 + 4 * 3) / 6, (4 * 2 + 16 * 3) / 20]

@@ -1,4 +1,4 @@
-"""The readers of programs find what they look for: twins of the tests in which nothing is found."""
+"""The readers of programs can find their patterns: twins of the tests that look for an absence."""
 
 from typing import Any
 

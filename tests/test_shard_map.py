@@ -1,4 +1,4 @@
-"""Inside shard_map, checked: all axes manual, some of them, and what varies over which."""
+"""Inside shard_map, checked: all axes manual, some of them, and the axes over which values vary."""
 
 from typing import Any
 

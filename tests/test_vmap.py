@@ -147,7 +147,7 @@ def test_axis_name_is_free() -> None:
 
 
 def test_equation_is_canonical() -> None:
-    """A 1 stands in front of what is not mapped: nothing is broadcast before the equation."""
+    """A 1 stands in front of an unmapped operand: nothing is broadcast before the equation."""
     stacked, axes, _ = _mapped(SMALL, (True, False, False, True, False))
     run = jax.vmap(op(SMALL), in_axes=axes)
     (eqn,) = [e for e in equations(run, *stacked) if e.primitive is ragged_attention_p]
@@ -165,7 +165,7 @@ def test_shared_cache_is_not_copied() -> None:
     lengths = np.full((n, 1), 100, np.int32)
     run = jax.vmap(op(SMALL), in_axes=(0, None, None, 0, None))
     operands = (query, key, value, lengths, np.zeros(1, np.int32))
-    # The reference may hold key and value once each, without what is outside the windows.
+    # The reference may hold key and value once each, with positions outside the windows zeroed.
     assert temporary_bytes(run, *operands) < 3 * key.nbytes
     program = jax.jit(run).lower(*operands).compile().as_text() or ""
     sizes = [

@@ -26,8 +26,8 @@ from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
 _State = TypeVar("_State")
 _RowState = TypeVar("_RowState")
 
-# Positions of a block, and bounds to the elements of its keys, such that no step is tiny, and what
-# one operation writes is still in a core's cache when the next reads it.
+# Positions of a block, and bounds to the elements of its keys, such that no step is tiny, and
+# the result of one operation is still in a core's cache when the next reads it.
 _POSITIONS = 32
 _LEAST_ELEMENTS, _MOST_ELEMENTS = 1 << 13, 1 << 16
 # Up to so many pages of a block are sliced one by one, more are gathered.
@@ -315,7 +315,7 @@ def written_cache(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 def put_block(x: jax.Array, block: Block, new: jax.Array) -> jax.Array:
     """Writes [T, Hkv, D] over a block of x [B, S, Hkv, D], a zero_cache; 0 where not used.
 
-    What a row's last block writes over the one before it, that one overwrites: it comes later.
+    A row's last block may overlap the one before it, which is written later and overwrites it.
     """
     at = tuple(map(jnp.int32, (block.row, block.start, 0, 0)))
     new = jnp.where(block.used[:, None, None], new, 0)

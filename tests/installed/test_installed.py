@@ -1,4 +1,4 @@
-"""What holds of the installed package alone: it needs neither the checkout nor the extras."""
+"""Tests of the installed package alone: it needs neither the checkout nor the extras."""
 
 import importlib.metadata
 import importlib.resources
