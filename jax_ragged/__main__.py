@@ -3,18 +3,23 @@
 python -m jax_ragged [--notiming] [--batch B] [--length S] [--dtype bfloat16] ...
 """
 
+import contextlib
 import importlib.metadata
+import os
 import platform
 import re
+import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from absl import app, flags
+from absl import app, flags, logging
 
 import jax_ragged
 
@@ -33,6 +38,28 @@ def _shapes(*arrays: jax.Array) -> str:
 # Versions, devices, and the lowering that runs here.
 
 
+@contextlib.contextmanager
+def _without_native_messages() -> Iterator[None]:
+    """Holds back what native code writes to stderr, and writes it all if the body raises.
+
+    libtpu writes a stack of messages where it is installed and finds no TPU, and JAX then goes on
+    with another backend. Warnings and logs of Python come through: they have a copy of stderr.
+    """
+    handler = logging.get_absl_handler().python_handler
+    with tempfile.TemporaryFile() as held, os.fdopen(os.dup(2), "w", buffering=1) as stderr:
+        former, handler.stream, sys.stderr = (handler.stream, sys.stderr), stderr, stderr
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            shutil.copyfileobj(held, stderr.buffer)
+            raise
+        finally:
+            os.dup2(stderr.fileno(), 2)
+            handler.stream, sys.stderr = former
+
+
 def _chosen(function: Function, *operands: jax.Array) -> list[str]:
     """The scopes that the lowering of each ragged operation leaves in a program."""
     program = jax.jit(function).lower(*operands).as_text(debug_info=True)
@@ -49,7 +76,9 @@ def _report_versions() -> None:
             f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "numpy")
         )
     )
-    for device in jax.devices():
+    with _without_native_messages():
+        devices = jax.devices()
+    for device in devices:
         print(f"{device.platform} device {device.id}: {device.device_kind}")
 
 
@@ -244,6 +273,8 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"only flags are taken; got {' '.join(argv[1:])}.")
     options = flags.FLAGS
+    if not options["verbosity"].present:  # app.run logs what JAX tells developers
+        logging.set_verbosity(logging.WARNING)
     if options.query_heads % options.kv_heads != 0:
         raise app.UsageError(
             "--query_heads: a multiple of --kv_heads; "

@@ -14,10 +14,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = ("--batch=2", "--length=64", "--query_heads=4", "--kv_heads=2", "--repeats=1")
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str, platforms: str = "cpu") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", *arguments],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "JAX_PLATFORMS": platforms, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -73,6 +73,38 @@ def test_check_fails_on_a_wrong_answer() -> None:
     assert run.returncode == 1, run.stderr
     assert "FAILED" in run.stdout
     assert "Time of a call" not in run.stdout
+
+
+def test_stderr_is_empty_where_libtpu_finds_no_tpu() -> None:
+    run = _run("-m", "jax_ragged", "--notiming", platforms="")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+
+
+# Held back: messages of native code, unless the body fails. Not held back: Python's own.
+HELD = """
+import os, sys
+from absl import logging
+from jax_ragged.__main__ import _without_native_messages
+logging.use_absl_handler()
+with _without_native_messages():
+    os.write(2, b"native\\n")
+    print("printed", file=sys.stderr)
+    logging.warning("logged")
+    {last}
+"""
+
+
+def test_only_messages_of_native_code_are_held_back() -> None:
+    run = _run("-c", HELD.format(last="pass") + "print('after', file=sys.stderr)")
+    assert "native" not in run.stderr
+    assert [word in run.stderr for word in ("printed", "logged", "after")] == 3 * [True]
+
+
+def test_messages_of_native_code_are_shown_on_failure() -> None:
+    run = _run("-c", HELD.format(last="raise OSError('no backend')"))
+    assert "native" in run.stderr
+    assert "no backend" in run.stderr
 
 
 @pytest.mark.parametrize(
