@@ -172,7 +172,8 @@ def train(
     params = init(jax.random.key(seed), model)
     moments = tuple(jax.tree.map(jnp.zeros_like, params) for _ in range(2))
     losses: list[float] = []
-    with tqdm(range(1, steps + 1), desc="train", unit="step") as progress:
+    # A bar on a terminal; in a log, ten lines.
+    with tqdm(range(1, steps + 1), desc="train", unit="step", disable=None) as progress:
         for step in progress:
             at = random.integers(len(text) - length, size=batch)
             tokens = np.stack([text[i : i + length + 1] for i in at]).astype(np.int32)
@@ -181,7 +182,10 @@ def train(
                 params, moments, tokens, jnp.float32(step), jnp.float32(rate), model
             )
             losses.append(float(loss))
-            progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
+            recent = f"{np.mean(losses[-20:]):.3f}"
+            progress.set_postfix(loss=recent, refresh=False)
+            if progress.disable and step % -(-steps // 10) == 0:
+                print(f"step {step} of {steps}, loss {recent}", flush=True)
     return params, losses
 
 

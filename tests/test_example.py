@@ -69,6 +69,8 @@ def test_command(tmp_path: pathlib.Path) -> None:
     text.write_bytes(TEXT.tobytes() * 2)
     run = _run(SCRIPT, f"--text={text}", "--steps=2", "--batch=1")
     assert run.returncode == 0, run.stderr
+    assert run.stderr == ""  # no bar where there is no terminal
+    assert "step 2 of 2, loss " in run.stdout
     losses = re.search(r"cross entropy (\S+) nats a byte at first, (\S+) on text", run.stdout)
     assert losses is not None
     assert 0 < float(losses[2]) < float(losses[1])
