@@ -81,8 +81,8 @@ def test_code_runs_and_prints_what_the_page_says(
             assert printed.getvalue().split() == block.printed.split(), f"{_id(page)}:{block.line}"
 
 
-def _quotes() -> Any:
-    spec = importlib.util.spec_from_file_location("quotes", ROOT / "docs" / "quotes.py")
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -93,13 +93,13 @@ def _quotes() -> Any:
 @pytest.mark.parametrize("page", PAGES, ids=_id)
 def test_quotations_are_the_code(page: pathlib.Path) -> None:
     text = page.read_text()
-    assert text == _quotes().with_quotations(text), "python docs/quotes.py writes them anew"
+    assert text == _script("quotes").with_quotations(text), "python docs/quotes.py writes them anew"
 
 
 def test_quotation_has_decorators_and_comments(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quotes = _quotes()
+    quotes = _script("quotes")
     monkeypatch.setattr(quotes, "ROOT", tmp_path)
     code = "# Why.\n@f\ndef g():\n    # And how.\n    def h():\n        pass\n\nx = 1\ny = 2\n"
     (tmp_path / "m.py").write_text(code)
@@ -111,6 +111,14 @@ def test_quotation_has_decorators_and_comments(
     assert written == "<!-- quoted: m.py y -->\n```python\ny = 2\n```\nend\n"
     with pytest.raises(ValueError, match="does not define z"):
         quotes.quotation("m.py", "z")
+
+
+def test_drawings_are_those_of_the_script() -> None:
+    drawings = _script("drawings")
+    wanted = drawings.files()
+    assert set(wanted) == set(drawings.FOLDER.iterdir())
+    for path, text in wanted.items():
+        assert path.read_text() == text, "python docs/drawings.py writes them anew"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_id)
