@@ -4,14 +4,13 @@
 
 Prints for each case the time of a call, the bytes of the windows read in a second, the share of
 the machine's read bandwidth that this is, and how many times as long as ours a peer takes; then
-the goals of the platform. All is measured in turn in one process. --plot draws time against the
-valid share of the cache, and against S at fixed valid tokens.
+the goals of the platform. All is measured in turn in one process. --plot measures and draws time
+against the valid share of the cache, and against S at fixed valid tokens.
 """
 
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks.measure import (
     OURS,
@@ -26,6 +25,7 @@ from benchmarks.measure import (
     time_in_turn,
     versions,
 )
+from benchmarks.sweeps import Sweep, draw, print_sweeps
 
 
 def measure(
@@ -109,33 +109,22 @@ def sweeps(case: Case) -> tuple[list[Case], list[Case]]:
 
 
 def plot(module: Platform, file: str, repeats: int) -> None:
-    """Saves the two sweeps as one picture."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shares, lengths = sweeps(module.SWEEP)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    """Measures the two sweeps, prints their tables, and saves their picture."""
     case = module.SWEEP
-    _draw(left, [c.valid or 0.0 for c in shares], [measure(module, c, repeats)[0] for c in shares])
-    left.set(xlabel=f"valid share of S = {case.S}", ylabel="time of a call, ms", yscale="log")
-    _draw(right, [c.S for c in lengths], [measure(module, c, repeats)[0] for c in lengths])
-    right.set(xlabel=f"S, with {case.S // 16} valid tokens a row", xscale="log", yscale="log")
-    left.legend()
-    figure.suptitle(
-        f"B{case.B} Hq{case.Hq} Hkv{case.Hkv} D{case.D} {case.dtype}; {versions()}", fontsize=10
+
+    def sweep(label: str, x: Sequence[float], cases: Sequence[Case]) -> Sweep:
+        times = [measure(module, case, repeats)[0] for case in cases]
+        ms = {name: tuple(t[name].median * 1e3 for t in times) for name in times[0]}
+        return Sweep(label, tuple(x), ms)
+
+    shares, lengths = sweeps(case)
+    measured = (
+        sweep(f"valid share of S = {case.S}", [c.valid or 0.0 for c in shares], shares),
+        sweep(f"S, with {case.S // 16} valid tokens a row", [c.S for c in lengths], lengths),
     )
-    figure.savefig(file, dpi=150)
-    print(f"\n{file}")
-
-
-def _draw(axes: Any, x: Sequence[float], times: Sequence[dict[str, Times]]) -> None:
-    for name in times[0]:
-        y = [t[name].median * 1e3 for t in times]
-        width = 2.5 if name == OURS else 1.2
-        axes.plot(x, y, marker="o", markersize=3, linewidth=width, label=name)
-    axes.grid(visible=True, alpha=0.3)
+    title = f"B{case.B} Hq{case.Hq} Hkv{case.Hkv} D{case.D} {case.dtype}; {versions()}"
+    print_sweeps(title, measured)
+    draw(title, measured, file)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from benchmarks import sweeps
 from jax_ragged.lowering import dispatch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -119,6 +120,17 @@ def test_drawings_are_those_of_the_script() -> None:
     assert set(wanted) == set(drawings.FOLDER.iterdir())
     for path, text in wanted.items():
         assert path.read_text() == text, "python docs/drawings.py writes them anew"
+
+
+def test_picture_of_cpus_has_tables_on_the_page() -> None:
+    page = (ROOT / "docs" / "measurements" / "cpu.md").read_text()
+    title, (shares, sizes) = sweeps.read(page)
+    assert title.startswith("B8 Hq32 Hkv8 D128 float32; jax ")
+    assert list(shares.x) == [1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1]
+    assert list(sizes.x) == [256, 512, 1024, 2048, 4096]
+    assert all(len(ms) == 5 for ms in sizes.ms.values())
+    with pytest.raises(ValueError, match="a page with a heading 'Sweeps: "):
+        sweeps.read("# Nothing\n")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_id)
