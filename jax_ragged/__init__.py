@@ -5,6 +5,7 @@ from jax_ragged._caches import quantize_cache
 from jax_ragged._costs import Costs, EquationCost, costs
 from jax_ragged._merge import merge_partials
 from jax_ragged._results import RaggedAttention
+from jax_ragged._windows import Windows, windows_from_mask
 from jax_ragged.lowering.contract import Lowering, Unsupported
 from jax_ragged.lowering.params import DEFAULT_MASK_VALUE
 from jax_ragged.primitives import register_lowering
@@ -18,6 +19,7 @@ __all__ = [
     "Lowering",
     "RaggedAttention",
     "Unsupported",
+    "Windows",
     "__version__",
     "costs",
     "merge_partials",
@@ -25,4 +27,5 @@ __all__ = [
     "ragged_attention",
     "reference_ragged_attention",
     "register_lowering",
+    "windows_from_mask",
 ]
