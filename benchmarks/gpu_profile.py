@@ -1,12 +1,19 @@
-"""Times of the kernels of a compiled JAX program on a GPU, from JAX's profiler."""
+"""Times of JAX programs on a GPU: of a call, and of its kernels alone from JAX's profiler."""
 
 import collections
+import dataclasses
+import functools
 import glob
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+
+# What the names of attention kernels have in them: ours, and cuDNN's.
+ATTENTION = ("ragged_attention", "sdpa", "fort_native")
 
 
 def kernel_times(program: Any, *operands: Any, calls: int) -> dict[str, float]:
@@ -32,3 +39,60 @@ def kernel_times(program: Any, *operands: Any, calls: int) -> dict[str, float]:
             for event in line.events if "Stream" in line.name else ():
                 times[event.name] += event.duration_ns
     return {name: ns * 1e-9 / calls for name, ns in times.most_common()}
+
+
+def least_seconds(run: Callable[[], Any], calls: int, samples: int = 5) -> float:
+    """The least time of a call, of a run that makes so many and has not been warmed up."""
+    jax.block_until_ready(run())
+    best = float("inf")
+    for _ in range(samples):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        best = min(best, (time.perf_counter() - start) / calls)
+    return best
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call.
+
+    Attributes:
+      call: the time of a call among many, with what lies between its kernels.
+      attention: the time of its attention kernels alone.
+      around: the time of all its other kernels.
+    """
+
+    call: float
+    attention: float
+    around: float
+
+    @classmethod
+    def of(cls, run: Callable[[], Any], calls: int) -> "Timing":
+        """Times a run that makes so many calls."""
+        call = least_seconds(run, calls)
+        kernels = kernel_times(run, calls=calls)
+        attention = sum(t for name, t in kernels.items() if any(part in name for part in ATTENTION))
+        if not attention:
+            raise RuntimeError(f"none of {ATTENTION} is among the kernels {sorted(kernels)}")
+        return cls(call, attention, sum(kernels.values()) - attention)
+
+    @property
+    def kernels(self) -> float:
+        """The time of all kernels."""
+        return self.attention + self.around
+
+
+def in_loop(body: Callable[..., Any], operands: tuple[Any, ...], calls: int) -> Timing:
+    """Times calls of body in a compiled loop; it maps the last operand to its successor."""
+
+    def loop(*operands: Any) -> Any:
+        step = functools.partial(body, *operands[:-1])
+        return jax.lax.fori_loop(0, calls, lambda _, x: step(x), operands[-1])
+
+    program = jax.jit(loop).lower(*operands).compile()
+    return Timing.of(functools.partial(program, *operands), calls)
+
+
+def in_a_row(program: Any, operands: tuple[Any, ...], calls: int) -> Timing:
+    """Times calls of a compiled program, enqueued one after another."""
+    return Timing.of(lambda: [program(*operands) for _ in range(calls)][-1], calls)

@@ -268,8 +268,8 @@ def check_outputs(problem: Problem, candidates: Mapping[str, Candidate]) -> None
             raise RuntimeError(f"{name} is wrong on {problem.case}: off by {error:.2g}.")
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a Markdown table."""
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -278,10 +278,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         )
         return "| " + " | ".join((first, *rest)) + " |"
 
-    print(line(header))
-    print(line(["-" * w for w in widths]))
-    for row in rows:
-        print(line(row), flush=True)
+    return [line(header), line(["-" * w for w in widths]), *map(line, rows)]
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a Markdown table."""
+    print("\n".join(table_lines(header, rows)), flush=True)
 
 
 def versions() -> str:
