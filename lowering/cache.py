@@ -43,6 +43,11 @@ def positions_axis(params: RaggedAttentionParams) -> int:
     return 1 if params.cache_layout == "BSHD" else 2
 
 
+def heads_axis(params: RaggedAttentionParams) -> int:
+    """The axis of key and value that has their heads."""
+    return 3 - positions_axis(params)
+
+
 def positions(operands: Operands | Residuals, params: RaggedAttentionParams) -> Any:
     """S, the number of positions of a row."""
     size = operands.key.shape[positions_axis(params)]

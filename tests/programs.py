@@ -144,7 +144,7 @@ def emitted(text: str, *operations: str) -> list[tuple[int, str]]:
     found = []
     for line in text.splitlines():
         sizes = re.findall(r"tensor<((?:\d+x)*)[a-z]", line)
-        if sizes and any(f"stablehlo.{x} " in line for x in operations):
+        if sizes and any(re.search(rf'stablehlo\.{x}[ "]', line) for x in operations):
             found.append((math.prod(int(n) for n in sizes[-1].split("x") if n), line.strip()[:160]))
     return found
 

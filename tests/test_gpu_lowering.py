@@ -295,10 +295,9 @@ class TestInterpreted:
         params = RaggedAttentionParams(**case.params)
         # On a machine with a GPU the interpreter's callbacks would wait for one another.
         with jax.default_device(jax.devices("cpu")[0]):
-            q, k, v, ends, begins = map(jnp.asarray, (query, key, value, *bounds))
-            joined = [gpu._joined(x) for x in (k, v)]
+            arrays = contract.Operands(*map(jnp.asarray, (query, key, value, *bounds)))
             interpret: Any = vars(plgpu)["InterpretGPUParams"]()
-            results = schedule((q, k, v, params), (q, *joined, ends, begins, interpret))
+            results = schedule((arrays, params), (arrays, interpret))
         _assert_results([x.reshape(*rows, *x.shape[2:]) for x in results], case, operands)
 
     @pytest.mark.parametrize(
@@ -314,7 +313,7 @@ class TestInterpreted:
     )
     @pytest.mark.parametrize("out_dtype", tiered(["bfloat16", "float32"], ["bfloat16"]))
     def test_line(self, case: Case, out_dtype: str) -> None:
-        def schedule(plan_of: tuple[Any, Any, Any, Any], arguments: Any) -> Any:
+        def schedule(plan_of: tuple[Any, Any], arguments: Any) -> Any:
             plan = dataclasses.replace(make_plan(*plan_of, jnp.dtype(out_dtype)), parts=3)
             results = attend_along_line(plan, *arguments)
             assert results[0].dtype == out_dtype
@@ -347,7 +346,7 @@ class TestInterpreted:
     def test_teams(self, case: Case, out_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(team_plan, "_FEWEST_TEAMS", 1)
 
-        def schedule(plan_of: tuple[Any, Any, Any, Any], arguments: Any) -> Any:
+        def schedule(plan_of: tuple[Any, Any], arguments: Any) -> Any:
             plan = team_plan.make_team_plan(*plan_of, jnp.dtype(out_dtype))
             assert plan is not None
             # One CTA, so that it takes several teams.

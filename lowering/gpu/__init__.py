@@ -7,11 +7,12 @@ tiles of queries that share the blocks they read, and needs no merging.
 
     line   plan, schedule (who reads which blocks), attend (the kernel), merge (the second one)
     teams  team_plan (who computes which queries), teams (the kernel)
-    both   launch (refs by name), softmax (the streaming softmax in registers)
+    both   launch (refs by name), forms (where the cache's positions lie in memory), softmax (the
+           streaming softmax in registers)
 
-Positions are counted in the cache with its rows joined, [B * S, Hkv, D]: a block starts at a
-multiple of 8, as the copy engine's tiles do, which the start of a row need not be. Positions of a
-block outside of the windows are masked; positions past the end of the array arrive as 0.
+Positions are counted in the cache with its rows joined: a block starts at a multiple of 8, as the
+copy engine's tiles do, which the start of a row need not be. Positions of a block outside of the
+windows are masked; positions past the end of the array arrive as 0.
 """
 
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_ragged.lowering.cache import jvp_by_dense, positions, positions_axis, vjp_by_dense
 from jax_ragged.lowering.contract import (
     ByOperand,
     ByResult,
@@ -29,9 +31,8 @@ from jax_ragged.lowering.contract import (
     Unsupported,
 )
 from jax_ragged.lowering.gpu import derivatives
-from jax_ragged.lowering.gpu.launch import padded
 from jax_ragged.lowering.gpu.line import attend_along_line
-from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, ceil_to, make_plan
+from jax_ragged.lowering.gpu.plan import COPIED, make_plan
 from jax_ragged.lowering.gpu.team_plan import make_team_plan
 from jax_ragged.lowering.gpu.teams import attend_in_teams
 from jax_ragged.lowering.params import RaggedAttentionParams
@@ -47,9 +48,10 @@ _HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 
 
 def _check(
-    query: Any, key: Any, value: Any, params: RaggedAttentionParams, device_kind: str | None
+    operands: Operands | Residuals, params: RaggedAttentionParams, device_kind: str | None
 ) -> None:
-    """Raises Unsupported for a call that the kernel does not take."""
+    """Raises Unsupported for a call that no kernel takes."""
+    query, key, value = operands[:3]
     if device_kind == "cpu":
         device_kind = None  # lowered on a CPU host, for a GPU to come
     if device_kind is None and params.implementation != "kernel":
@@ -66,47 +68,55 @@ def _check(
                 f"its kernel takes head dimensions that are multiples of {_HEAD_DIM_UNIT} up to "
                 f"{_MOST_HEAD_DIM}, and that of {name} is {x.shape[3]}"
             )
-    positions = key.shape[0] * key.shape[1]
-    if positions > _MOST_POSITIONS:
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise Unsupported(
+                f"its kernel takes key and value in the dtype of query, and {name} is {x.dtype}"
+            )
+    page_size = key.shape[positions_axis(params)]
+    if params.paged and page_size % COPIED:
         raise Unsupported(
-            f"its kernel counts up to {_MOST_POSITIONS} positions, and B * S is {positions}"
+            f"its kernel takes pages that are multiples of {COPIED} positions, and these have "
+            f"{page_size}",
+            f"Allocate pages of a multiple of {COPIED} positions.",
         )
-
-
-def _joined(x: jax.Array) -> jax.Array:
-    """[B, S, H, D] to [B * S, H, D], its positions rounded up to a multiple of 8.
-
-    The copy engine moves 8 positions at a time and takes arrays of no other length. Only where
-    B * S is no multiple of 8 is the cache copied for that.
-    """
-    x = x.reshape(-1, *x.shape[2:])
-    return padded(x, 0, ceil_to(x.shape[0], SWIZZLE_ROWS))
+    for name, count in (
+        ("B * S", query.shape[0] * positions(operands, params)),
+        ("P * T", key.shape[0] * page_size),
+    ):
+        if count > _MOST_POSITIONS:
+            raise Unsupported(
+                f"its kernel counts up to {_MOST_POSITIONS} positions, and {name} is {count}"
+            )
 
 
 class _GPU(Lowering):
-    """The Hopper kernels of the forward and of `derivatives`."""
+    """The Hopper kernels of the forward and of `derivatives`.
+
+    The forward reads every form of cache in place. The derivatives read dense caches: those of
+    another form go through the dense cache.
+    """
+
+    dense_only = False
 
     def forward(
         self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
     ) -> ByResult[jax.Array]:
-        query, key, value, lengths, starts, *_ = operands
-        _check(query, key, value, params, device_kind)
+        _check(operands, params, device_kind)
         # The kernels write what their arithmetic gives: 16 bits, or float32 for wider results.
-        asked = params.result_dtype(query.dtype)
+        asked = params.result_dtype(operands.query.dtype)
         out_dtype = asked if asked.itemsize == 2 else jnp.dtype(jnp.float32)
-        teams = make_team_plan(query, key, value, params, out_dtype)
+        teams = make_team_plan(operands, params, out_dtype)
         if teams is None and params.block_size not in (None, _BLOCK_SIZE):
             raise Unsupported(
                 f"its kernel for few queries reads blocks of {_BLOCK_SIZE} positions, and "
                 f"block_size is {params.block_size}",
                 f"Pass block_size={_BLOCK_SIZE}, or None to let the lowering choose.",
             )
-        arrays = query, _joined(key), _joined(value), lengths, starts
         if teams is not None:
-            results = attend_in_teams(teams, *arrays)
+            results = attend_in_teams(teams, operands)
         else:
-            plan = make_plan(query, key, value, params, out_dtype)
-            results = attend_along_line(plan, *arrays)
+            results = attend_along_line(make_plan(operands, params, out_dtype), operands)
         out, max_logits, denominator = results
         return ByResult(out.astype(asked), max_logits, denominator)
 
@@ -117,8 +127,12 @@ class _GPU(Lowering):
         params: RaggedAttentionParams,
         device_kind: str | None,
     ) -> ByResult[jax.Array]:
-        _check(*residuals[:3], params, device_kind)
-        return derivatives.jvp(derivatives.plan_of(residuals, params), residuals, tangents)
+        _check(residuals, params, device_kind)
+
+        def jvp(residuals: Residuals, tangents: Any, params: Any) -> ByResult[jax.Array]:
+            return derivatives.jvp(derivatives.plan_of(residuals, params), residuals, tangents)
+
+        return jvp_by_dense(jvp, residuals, tangents, params)
 
     def vjp(
         self,
@@ -128,8 +142,17 @@ class _GPU(Lowering):
         params: RaggedAttentionParams,
         device_kind: str | None,
     ) -> ByOperand[jax.Array | None]:
-        _check(*residuals[:3], params, device_kind)
-        return derivatives.vjp(derivatives.plan_of(residuals, params), residuals, cotangents, wrt)
+        _check(residuals, params, device_kind)
+
+        own = residuals.query.dtype
+
+        def vjp(dense: Residuals, bars: Any, wrt: Any, params: Any) -> ByOperand[Any]:
+            # A dense cache that was made of another form is wider than the kernels multiply.
+            cast = {name: getattr(dense, name).astype(own) for name in ("query", "key", "value")}
+            dense = dense._replace(**cast)
+            return derivatives.vjp(derivatives.plan_of(dense, params), dense, bars, wrt)
+
+        return vjp_by_dense(vjp, residuals, cotangents, wrt, params)
 
 
 LOWERING = _GPU()

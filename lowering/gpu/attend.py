@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
+from jax_ragged.lowering.gpu.forms import Pages, Place
 from jax_ragged.lowering.gpu.launch import Refs, shared_rows
 from jax_ragged.lowering.gpu.plan import COPIED, SWIZZLE_ROWS, WGMMA_ROWS, Plan
 from jax_ragged.lowering.gpu.schedule import (
@@ -37,7 +38,7 @@ from jax_ragged.lowering.gpu.softmax import (
 )
 
 # Registers of a thread, of the 65,536 that a multiprocessor has.
-_COPYING_REGISTERS, _COMPUTING_REGISTERS = 24, 232
+_COPYING_REGISTERS, _COMPUTING_REGISTERS = 32, 224
 
 
 def attend(plan: Plan, refs: Refs) -> None:
@@ -48,7 +49,8 @@ def attend(plan: Plan, refs: Refs) -> None:
       blocks: int32 [lines, line_size]: `Tables.blocks`, if the kernel does not make it.
       low, high: int32 [B, row_tiles, 64]: the rows' windows, if there are several queries.
       query: [B, columns, result_rows, D].
-      key, value: [B * S, Hkv, D] and [B * S, Hkv, Dv].
+      key, value: the cache as `forms` has it: [B * S, Hkv, D] and [B * S, Hkv, Dv] if dense.
+      page_table: int32 [B, W], if there is one.
       out: [B, columns, result_rows, Dv], max_logits, denominator: [B, columns, tile_rows]: the
         results of the tiles that one part has whole.
       accumulators: [partials, tile_rows, accumulator_columns], maxima, denominators: [partials,
@@ -126,23 +128,6 @@ def _slot(plan: Plan, stream: Any, step: Any) -> Any:
     return stream * plan.stages + lax.rem(step, plan.stages)
 
 
-def _load_block(
-    plan: Plan, cache_ref: Any, head: Any, first: Any, end: Any, to: Any, full: Any
-) -> None:
-    """Starts the copies of a block's positions before the end; what is past it stays as it was."""
-    for offset in range(0, plan.T, COPIED):
-        at = pl.multiple_of(first + offset, SWIZZLE_ROWS)
-
-        def copy(offset: int = offset, at: Any = at) -> None:
-            source = cache_ref.at[pl.ds(at, COPIED), head]
-            plgpu.copy_gmem_to_smem(source, to.at[pl.ds(offset, COPIED)], full)
-
-        def skip() -> None:
-            plgpu.barrier_arrive(full)
-
-        lax.cond(at < end, copy, skip)
-
-
 def _copy(plan: Plan, refs: Refs, tables: Tables, stream: Any, part: Part) -> None:
     """Starts the copies of queries, keys and values, as far ahead as there is room."""
 
@@ -156,18 +141,22 @@ def _copy(plan: Plan, refs: Refs, tables: Tables, stream: Any, part: Part) -> No
 
     def run(column: Column, segment: Segment) -> None:
         _, end = tables.hull(plan, column.line, segment.row)
+        place = Place(segment.row, column.head, end, COPIED)
 
-        def block(i: Any, _: None) -> None:
+        def block(i: Any, pages: Pages) -> Pages:
             slot = _slot(plan, stream, segment.step + i)
             first = segment.first + i * plan.T
+            following = plan.form.pages(refs, place, first + plan.T, plan.T)
             for name in ("key", "value"):
                 plgpu.barrier_wait(refs[f"{name}_free"].at[slot])
                 to, full = refs[f"{name}_blocks"].at[slot], refs[f"{name}_full"].at[slot]
-                _load_block(plan, refs[name], column.head, first, end, to, full)
+                plan.form.copy_block(refs[name], to, full, place, first, pages)
             # Behind the first block, which need not wait until the last queries are used.
             pl.when(i == 0)(functools.partial(load_query, column, segment))
+            return following
 
-        lax.fori_loop(0, segment.count, block, None)
+        pages = plan.form.pages(refs, place, segment.first, plan.T)
+        lax.fori_loop(0, segment.count, block, pages)
 
     for_segments(plan, tables, part, run)
     # The last arrivals at each barrier are waited for, so that none is left when the CTA ends.

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_ragged.lowering.contract import Operands
 from jax_ragged.lowering.gpu import attend, merge
 from jax_ragged.lowering.gpu.launch import launch, padded
 from jax_ragged.lowering.gpu.plan import Plan
@@ -33,25 +34,17 @@ from jax_ragged.lowering.gpu.schedule import count_blocks, make_bounds
 
 def attend_along_line(
     plan: Plan,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
+    operands: Operands,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes out [B, Q, Hq, Dv], max_logits and denominator [B, Q, Hq].
 
     Args:
       plan: the plan.
-      query: [B, Q, Hq, D].
-      key: [B * S, Hkv, D], the rows of the cache joined.
-      value: [B * S, Hkv, Dv].
-      lengths: int32 [B, Q].
-      starts: int32 [B, Q].
+      operands: of the forward.
       interpret: the parameters of JAX's interpreter, or None to run on a GPU.
     """
-    bounds, windows = make_bounds(plan, lengths, starts)
+    bounds, windows = make_bounds(plan, operands.lengths, operands.starts)
     tables = {"bounds": bounds}
     if not plan.tables_in_shared_memory:
         tables["blocks"] = count_blocks(plan, bounds)
@@ -67,9 +60,8 @@ def attend_along_line(
         inputs={
             **tables,
             **windows,
-            "query": _to_tiles(plan, query),
-            "key": key,
-            "value": value,
+            "query": _to_tiles(plan, operands.query),
+            **plan.form.inputs(operands),
         },
         results={
             "out": jax.ShapeDtypeStruct(

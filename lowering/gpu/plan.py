@@ -4,9 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from jax_ragged.lowering.cache import heads_axis
+from jax_ragged.lowering.contract import Operands
+from jax_ragged.lowering.gpu.forms import Form
 from jax_ragged.lowering.gpu.launch import swizzle_columns
 from jax_ragged.lowering.params import RaggedAttentionParams
 
@@ -16,7 +18,7 @@ WGMMA_ROWS = 64
 SWIZZLE_ROWS = 8
 # Columns of the values that one matrix product takes.
 _CHUNK = 128
-# Positions that are copied at once: what a block has past the end of its window is not.
+# Positions of a piece: those that are past the end of the window are not copied.
 COPIED = 16
 # Multiprocessors of an H100 or H200. The kernels are right for any number.
 MULTIPROCESSORS = 132
@@ -37,6 +39,7 @@ class Plan:
     """Everything static about one call.
 
     Attributes:
+      form: how the cache lies in memory.
       T: positions in a block.
       pieces: pieces in which a chunk of results is copied out. More save shared memory.
       streams: streams of a CTA.
@@ -48,17 +51,27 @@ class Plan:
     Q: int
     Hq: int
     Hkv: int
-    S: int
     D: int
     Dv: int
     dtype: Any
     out_dtype: Any
     params: RaggedAttentionParams
+    form: Form
     T: int
     pieces: int
     streams: int
     stages: int
     parts: int
+
+    @property
+    def S(self) -> int:
+        """Positions of a row."""
+        return self.form.S
+
+    @property
+    def unit(self) -> int:
+        """The first position of a block is a multiple of this."""
+        return self.form.unit(COPIED)
 
     @property
     def G(self) -> int:
@@ -165,16 +178,11 @@ def _chunk(columns: int, dtype: Any) -> int:
     return next(size for size in sizes if size <= _CHUNK)
 
 
-def make_plan(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    params: RaggedAttentionParams,
-    out_dtype: Any,
-) -> Plan:
-    """Returns the plan for query [B, Q, Hq, D], key [B, S, Hkv, D] and value [B, S, Hkv, Dv]."""
+def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any) -> Plan:
+    """Returns the plan of a call."""
+    query, key, value = operands[:3]
     B, Q, Hq, D = query.shape
-    S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
+    Hkv, Dv = key.shape[heads_axis(params)], value.shape[3]
     T = 64
     columns = Hkv * -(-Q * (Hq // Hkv) // WGMMA_ROWS)
     # Two streams hide each other's latencies, if registers hold their sums, but they make twice the
@@ -195,8 +203,9 @@ def make_plan(
     # Several pieces wait for one another; they are worth it for a second block in flight.
     pieces = next((n for n in (1, 2) if stages(n) > 1 and chunk % (16 * n) == 0), 1)
     return Plan(
-        B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
-        T, pieces, streams, stages(pieces), _parts(columns, streams * MULTIPROCESSORS),
+        B, Q, Hq, Hkv, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
+        Form.of(operands, params), T, pieces, streams, stages(pieces),
+        _parts(columns, streams * MULTIPROCESSORS),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jax_ragged.lowering.gpu.launch import padded
-from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS, Plan
+from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +52,18 @@ def joined(plan: Plan, row: Any, start: Any, end: Any) -> tuple[Any, Any]:
     start, end = jnp.maximum(start, 0), jnp.minimum(end, plan.S)
     filled = end > start
     return (
-        jnp.where(filled, start + row * plan.S, 0),
-        jnp.where(filled, end + row * plan.S, 0),
+        jnp.where(filled, start + row * plan.form.stride, 0),
+        jnp.where(filled, end + row * plan.form.stride, 0),
     )
 
 
-def _first_block(low: Any) -> Any:
-    return lax.div(low, SWIZZLE_ROWS) * SWIZZLE_ROWS
+def _first_block(plan: Plan, low: Any) -> Any:
+    return lax.div(low, plan.unit) * plan.unit
 
 
 def count_of_blocks(plan: Plan, low: Any, high: Any) -> Any:
     """The number of blocks from low to high; low <= high, and both 0 where there is nothing."""
-    return lax.div(high - _first_block(low) + (plan.T - 1), plan.T)
+    return lax.div(high - _first_block(plan, low) + (plan.T - 1), plan.T)
 
 
 def make_bounds(
@@ -225,7 +225,7 @@ def for_segments(
             index=index,
             step=position - part.begin,
             row=row,
-            first=_first_block(low) + block * plan.T,
+            first=_first_block(plan, low) + block * plan.T,
             count=count,
             whole=count == blocks,
             partial=place_of_partial(plan, column, row, part.number),

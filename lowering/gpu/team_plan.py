@@ -24,6 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_ragged.lowering.cache import heads_axis
+from jax_ragged.lowering.contract import Operands
+from jax_ragged.lowering.gpu.forms import Form
 from jax_ragged.lowering.gpu.launch import padded, swizzle_columns
 from jax_ragged.lowering.gpu.plan import (
     MULTIPROCESSORS,
@@ -50,6 +53,7 @@ class TeamPlan:
 
     Attributes:
       Q: queries of a row, rounded up to what the copy engine moves.
+      form: how the cache lies in memory.
       T: positions in a block.
       tiles: tiles of a team, each computed by a warpgroup of its own.
       heads: query heads in a tile.
@@ -61,17 +65,27 @@ class TeamPlan:
     Q: int
     Hq: int
     Hkv: int
-    S: int
     D: int
     Dv: int
     dtype: Any
     out_dtype: Any
     params: RaggedAttentionParams
+    form: Form
     T: int
     heads: int
     stages: int
     tiles: int = 2
     ctas: int = MULTIPROCESSORS
+
+    @property
+    def S(self) -> int:
+        """Positions of a row."""
+        return self.form.S
+
+    @property
+    def piece(self) -> int:
+        """Positions that are copied at once: the whole block, if no page ends in it."""
+        return self.form.piece(self.T)
 
     @property
     def G(self) -> int:
@@ -175,15 +189,13 @@ def out_columns(columns: int, dtype: Any) -> int:
 
 
 def make_team_plan(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    params: RaggedAttentionParams,
-    out_dtype: Any,
+    operands: Operands, params: RaggedAttentionParams, out_dtype: Any
 ) -> TeamPlan | None:
     """Returns the plan, or None for a call that the other schedule serves better."""
+    query, key, value = operands[:3]
     B, Q, Hq, D = query.shape
-    S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
+    Hkv, Dv = key.shape[heads_axis(params)], value.shape[3]
+    form = Form.of(operands, params)
     G = Hq // Hkv
     itemsize: int = jnp.dtype(query.dtype).itemsize
     whole = ceil_to(Q, SWIZZLE_ROWS)
@@ -199,7 +211,11 @@ def make_team_plan(
 
     # Registers hold the logits of 128 positions beside up to 128 columns of the sum.
     sizes = [T for T in _BLOCK_SIZES if params.block_size in (None, T)]
-    sizes = [T for T in sizes if blocks(T) > 1 and (T == 64 or Dv <= 128) and B * S >= T]
+    sizes = [
+        T
+        for T in sizes
+        if blocks(T) > 1 and (T == 64 or Dv <= 128) and form.piece(T) <= form.joins(B)
+    ]
     heads = [n for n in (1, 2, 4, 8) if G % n == 0 and WGMMA_ROWS // n <= whole]
     if not sizes or not heads:
         return None
@@ -209,7 +225,7 @@ def make_team_plan(
         return ceil_to(Q, 2 * WGMMA_ROWS // n)
 
     plan = TeamPlan(
-        B, whole, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
+        B, whole, Hq, Hkv, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params, form,
         T=sizes[0], heads=min(heads, key=wasted), stages=blocks(sizes[0]),
     )  # fmt: skip
     return plan if plan.teams >= _FEWEST_TEAMS else None
@@ -297,8 +313,9 @@ def make_tables(plan: TeamPlan, lengths: jax.Array, starts: jax.Array) -> dict[s
     high = functools.reduce(jnp.maximum, (ends[..., i] for i in tiles))
     low = jnp.minimum(functools.reduce(jnp.minimum, (low[..., i] for i in tiles)), high)
     gap = functools.reduce(jnp.maximum, (gap[..., i] for i in tiles))
-    base = plan.S * jnp.arange(plan.B, dtype=jnp.int32)[:, None]
-    first = (base + low) // SWIZZLE_ROWS * SWIZZLE_ROWS - base
+    base = plan.form.stride * jnp.arange(plan.B, dtype=jnp.int32)[:, None]
+    unit = plan.form.unit(plan.piece)
+    first = (base + low) // unit * unit - base
     count = jnp.where(high > 0, (high - first + (plan.T - 1)) // plan.T, 0)
     fields = [*TeamBlocks(first, count, low, high, gap)]
     for i in tiles:

@@ -26,6 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
+from jax_ragged.lowering.contract import Operands
+from jax_ragged.lowering.gpu.forms import Pages, Place
 from jax_ragged.lowering.gpu.launch import Refs, launch, padded, shared_rows
 from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS
 from jax_ragged.lowering.gpu.softmax import (
@@ -59,25 +61,17 @@ _State = tuple[jax.Array, Softmax]
 
 def attend_in_teams(
     plan: TeamPlan,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array,
+    operands: Operands,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes out [B, Q, Hq, Dv], max_logits and denominator [B, Q, Hq].
 
     Args:
       plan: the plan.
-      query: [B, Q, Hq, D].
-      key: [B * S, Hkv, D], the rows of the cache joined.
-      value: [B * S, Hkv, Dv].
-      lengths: int32 [B, Q].
-      starts: int32 [B, Q].
+      operands: of the forward.
       interpret: the parameters of JAX's interpreter, or None to run on a GPU.
     """
-    Q = query.shape[1]
+    Q = operands.query.shape[1]
     statistic = jax.ShapeDtypeStruct(
         (plan.B, plan.head_groups, plan.row_tiles, WGMMA_ROWS), jnp.float32
     )
@@ -87,10 +81,9 @@ def attend_in_teams(
         ctas=plan.ctas,
         warpgroups=plan.tiles + 1,
         inputs={
-            **make_tables(plan, lengths, starts),
-            "query": padded(query, 1, plan.Q),
-            "key": key,
-            "value": value,
+            **make_tables(plan, operands.lengths, operands.starts),
+            "query": padded(operands.query, 1, plan.Q),
+            **plan.form.inputs(operands),
         },
         results={
             "out": jax.ShapeDtypeStruct((plan.B, plan.Q, plan.Hq, plan.Dv), plan.out_dtype),
@@ -122,8 +115,8 @@ def _scratch_types(plan: TeamPlan) -> dict[str, Any]:
         "statistics": plgpu.SMEM((plan.tiles, 2, WGMMA_ROWS), jnp.float32),
         "query_full": per_tile(num_arrivals=plan.heads),
         "query_free": per_tile(),
-        "key_full": full(),
-        "value_full": full(),
+        "key_full": full(num_arrivals=plan.T // plan.piece),
+        "value_full": full(num_arrivals=plan.T // plan.piece),
         "key_free": full(num_arrivals=plan.tiles),
         "value_free": full(num_arrivals=plan.tiles),
         "turn": plgpu.Barrier(num_arrivals=plan.tiles),
@@ -136,7 +129,8 @@ def _kernel(plan: TeamPlan, refs: Refs) -> None:
     Refs:
       teams: [B * levels, fields], starts, lengths: [B, row_tiles, 64]: `make_tables`.
       query: [B, Q, Hq, D].
-      key, value: [B * S, Hkv, D] and [B * S, Hkv, Dv].
+      key, value: the cache as `forms` has it: [B * S, Hkv, D] and [B * S, Hkv, Dv] if dense.
+      page_table: int32 [B, W], if there is one.
       out: [B, Q, Hq, Dv].
       max_logits, denominator: [B, head_groups, row_tiles, 64].
       the others: `_scratch_types`.
@@ -172,22 +166,23 @@ def _copy(plan: TeamPlan, refs: Refs) -> None:
         at = team_of(plan, n)
         blocks = blocks_of(refs.teams, at.row * plan.levels + at.level)
         kv_head = lax.div(at.group * plan.heads, plan.G)
-        first = at.row * plan.S + blocks.first
+        base = at.row * plan.form.stride
+        first = base + blocks.first
+        place = Place(at.row, kv_head, base + blocks.high, plan.piece)
 
-        def block(i: Any, _: None) -> None:
+        def block(i: Any, pages: Pages) -> Pages:
             slot = lax.rem(step + i, plan.stages)
-            positions = pl.ds(pl.multiple_of(first + i * plan.T, SWIZZLE_ROWS), plan.T)
+            begin = first + i * plan.T
+            following = plan.form.pages(refs, place, begin + plan.T, plan.T)
             for name in ("key", "value"):
                 plgpu.barrier_wait(refs[f"{name}_free"].at[slot])
-                plgpu.copy_gmem_to_smem(
-                    refs[name].at[positions, kv_head],
-                    refs[f"{name}_blocks"].at[slot],
-                    refs[f"{name}_full"].at[slot],
-                )
+                to, full = refs[f"{name}_blocks"].at[slot], refs[f"{name}_full"].at[slot]
+                plan.form.copy_block(refs[name], to, full, place, begin, pages)
             # Behind the first block, which need not wait until the last queries are used.
             pl.when(i == 0)(lambda: copy_queries(at))
+            return following
 
-        lax.fori_loop(0, blocks.count, block, None)
+        lax.fori_loop(0, blocks.count, block, plan.form.pages(refs, place, first, plan.T))
         pl.when(blocks.count == 0)(lambda: copy_queries(at))
         return step + blocks.count
 
