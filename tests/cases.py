@@ -206,18 +206,22 @@ def tiered(rows: Iterable[Any], default: Collection[Any]) -> list[Any]:
     ]
 
 
-def pairwise(rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """A few of the rows, in which every pair of two columns' values occurs that occurs in all."""
+def covering(rows: Sequence[tuple[Any, ...]], together: int = 2) -> list[tuple[Any, ...]]:
+    """A few of the rows, in which every combination of some columns' values occurs.
 
-    def pairs(row: tuple[Any, ...]) -> set[Any]:
-        return set(itertools.combinations(enumerate(row), 2))
+    Of so many columns that are looked at together, every combination of values is covered that
+    occurs in all the rows.
+    """
 
-    missing = set().union(*map(pairs, rows))
+    def combinations(row: tuple[Any, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(row), together))
+
+    missing = set().union(*map(combinations, rows))
     taken = []
     while missing:
-        # The first of those with the most new pairs: the same rows in every run.
-        taken.append(max(rows, key=lambda row: len(missing & pairs(row))))
-        missing -= pairs(taken[-1])
+        # The first of those with the most new ones: the same rows in every run.
+        taken.append(max(rows, key=lambda row: len(missing & combinations(row))))
+        missing -= combinations(taken[-1])
     return taken
 
 

@@ -3,9 +3,10 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jax_ragged
 from cases import Case
+from forms import FORMS, WIDE_FORMS, FormCase, chosen
 from jax_ragged import (
     RaggedAttention,
     Unsupported,
@@ -43,6 +45,11 @@ class Runner:
       derivatives: the names of those whose derivatives are.
       default: the names of those of them that are in the default tier; None for all.
       implementation: the argument of the op.
+      kernel: the end of the name of the scope of its kernels, if it has any.
+      forms: the cases with forms of caches whose values are tested.
+      form_derivatives: the names of those of them whose derivatives are.
+      default_forms: the names of those whose values are in the default tier; the derivatives of
+        the first few of them are, too.
     """
 
     name: str
@@ -50,6 +57,10 @@ class Runner:
     derivatives: Collection[str] | None = None
     default: Collection[str] | None = None
     implementation: Implementation | None = None
+    kernel: str | None = None
+    forms: Collection[FormCase] = ()
+    form_derivatives: Collection[str] = ()
+    default_forms: Sequence[str] = ()
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -59,8 +70,8 @@ class Runner:
 
     def bound(self, params: dict[str, Any]) -> Callable[..., RaggedAttention]:
         """The op with its keyword arguments."""
-        keywords = {**params, "implementation": self.implementation}
-        return lambda *operands: ragged_attention(*operands, **keywords)
+        keywords = {"implementation": self.implementation, **params}
+        return functools.partial(ragged_attention, **keywords)
 
     def takes(self, case: Case, *, derivatives: bool) -> bool:
         """Whether a case is tested."""
@@ -75,6 +86,23 @@ class Runner:
         """Ends of the name of a scope, of which one shows which lowering ran."""
         return ("reference",)
 
+    def form_marks(self, case: FormCase, *, derivatives: bool) -> list[pytest.MarkDecorator]:
+        """The marks of the tests of a case with a form of cache."""
+        own = [mark for mark in self.marks(case) if mark.name != "full"]
+        default = self.default_forms[: _DERIVED if derivatives else None]
+        return own if case.name in default else [*own, pytest.mark.full]
+
+    def form_params(self, case: FormCase) -> dict[str, Any]:
+        """The static parameters of the call. Block sizes of the table suit the CPU."""
+        return {**case.params, "block_size": None}
+
+    def reads(self, case: FormCase, operation: str) -> bool | None:
+        """Whether its kernels run a program of an operation, with the forward that it needs.
+
+        A test fails where this is not so; None is for a lowering of which it is not known.
+        """
+        return False
+
 
 class Definition(Runner):
     """The op by its definition, which JAX's own rules differentiate."""
@@ -82,7 +110,7 @@ class Definition(Runner):
     def bound(self, params: dict[str, Any]) -> Callable[..., RaggedAttention]:
         """As of every runner. The definition knows no blocks."""
         definition = {k: v for k, v in params.items() if k != "block_size"}
-        return lambda *operands: reference_ragged_attention(*operands, **definition)
+        return functools.partial(reference_ragged_attention, **definition)
 
     def takes(self, case: Case, *, derivatives: bool) -> bool:
         """As of every runner."""
@@ -111,6 +139,14 @@ class Cpu(Runner):
     def scopes(self, case: Case, operation: str) -> tuple[str, ...]:
         """Its kernels take all that there is to compute."""
         return ("cpu_kernel",) if case.B and case.S and case.Q != 0 else ("reference",)
+
+    def form_params(self, case: FormCase) -> dict[str, Any]:
+        """As of every runner."""
+        return case.params
+
+    def reads(self, case: FormCase, operation: str) -> bool | None:
+        """As of every runner: it takes all forms."""
+        return True
 
 
 class Tpu(Runner):
@@ -166,6 +202,10 @@ class Own(Runner):
     def scopes(self, case: Case, operation: str) -> tuple[str, ...]:
         """As of every runner."""
         return ("cpu_kernel", "reference")
+
+    def reads(self, case: FormCase, operation: str) -> bool | None:
+        """As of every runner."""
+        return None
 
 
 # The TPU interpreter takes seconds a case. The kernels have tests of their own besides.
@@ -227,16 +267,58 @@ _TPU_DEFAULT = (
 )
 _FEW = (*_TPU_DEFAULT, "empty_windows", "soft_cap_scale", "large_logits", "float16")
 
+# Forms such that every value of every property occurs, or every pair of two properties' values
+# (for derivatives: of the size of a page, the layout and the dtype).
+_SINGLES, _PAIRS = chosen(FORMS, 1), chosen(FORMS, 2, of=3)
+_WIDE_SINGLES, _WIDE_PAIRS = chosen(WIDE_FORMS, 1), chosen(WIDE_FORMS, 2)
+# For accelerators, with a few sizes that do not suit their tiles.
+_WIDE = (*WIDE_FORMS, *(case for case in FORMS if case.name in _SINGLES))
+# Those for which XLA on CPUs has no product unless the reference prevents it.
+_SWAPPED = [x.name for x in WIDE_FORMS if x.dtype == "bfloat16" and str(x.form).endswith("BHSD")]
+# The interpreter takes seconds for each.
+_TPU_FORMS = {*_WIDE_PAIRS, *_WIDE_SINGLES, *_SINGLES}
+# How many of the forms of the default tier have their derivatives in it.
+_DERIVED = 2
+
 RUNNERS: tuple[Runner, ...] = (
     Definition(
         "definition",
         derivatives=("gqa", "empty_windows", "queries", "soft_cap_scale", "bfloat16", "float64"),
         default=_FEW,
     ),
-    Reference("reference", default=_FEW, implementation="reference"),
-    Cpu("cpu", default=_DEFAULT),
-    Tpu("tpu", _TPU_VALUES, _TPU_DERIVATIVES, default=_TPU_DEFAULT),
-    Gpu("gpu"),
+    Reference(
+        "reference",
+        default=_FEW,
+        implementation="reference",
+        forms=[x for x in (*FORMS, *WIDE_FORMS) if x.name in (*_PAIRS, *_WIDE_PAIRS, *_SWAPPED)],
+        form_derivatives=(*_SINGLES, *_WIDE_SINGLES, *_SWAPPED),
+        default_forms=(_SWAPPED[0], *_SINGLES[:2]),
+    ),
+    Cpu(
+        "cpu",
+        default=_DEFAULT,
+        kernel="cpu_kernel",
+        forms=FORMS,
+        form_derivatives=_PAIRS,
+        default_forms=_SINGLES,
+    ),
+    Tpu(
+        "tpu",
+        _TPU_VALUES,
+        _TPU_DERIVATIVES,
+        default=_TPU_DEFAULT,
+        kernel="tpu_kernel",
+        forms=[case for case in _WIDE if case.name in _TPU_FORMS],
+        form_derivatives=_WIDE_SINGLES,
+        default_forms=_WIDE_SINGLES[:2],
+    ),
+    Gpu(
+        "gpu",
+        kernel="cuda_kernel",
+        forms=_WIDE,
+        form_derivatives=(*_WIDE_PAIRS, *_SINGLES),
+        default_forms=_WIDE_PAIRS,
+    ),
 )
 
 
@@ -244,6 +326,7 @@ class _Counted(jax_ragged.Lowering):
     """A lowering that counts the programs that it took and refused, by operation."""
 
     def __init__(self, lowering: jax_ragged.Lowering) -> None:
+        self.dense_only = lowering.dense_only
         self.taken: collections.Counter[str] = collections.Counter()
         self.refused: dict[str, collections.Counter[str]] = {}
         for operation in ("forward", "jvp", "vjp"):
@@ -283,7 +366,15 @@ def use_only(name: str) -> _Counted:
     module, _, attribute = name.partition(":")
     counted = _Counted(getattr(importlib.import_module(module), attribute))
     jax_ragged.register_lowering("cpu", counted)
-    RUNNERS = (Own("own"),)
+    RUNNERS = (
+        Own(
+            "own",
+            kernel="cpu_kernel",
+            forms=_WIDE,
+            form_derivatives=(*_WIDE_PAIRS, *_SINGLES),
+            default_forms=_SINGLES,
+        ),
+    )
     return counted
 
 

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import sharded
-from cases import Case, pairwise, tiered
+from cases import Case, covering, tiered
 from jax_ragged.lowering._compat import CPU_THREADS_DOTS
 from lowerings import gpus
 from programs import (
@@ -203,9 +203,9 @@ def test_races_are_found() -> None:
     assert found
 
 
-def test_pairwise_has_every_pair() -> None:
+def test_covering_has_every_pair() -> None:
     rows = [(a, b, c) for a in range(3) for b in "xyz" for c in (True, False)]
-    few = pairwise(rows)
+    few = covering(rows)
     assert len(few) < len(rows)
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert {(r[i], r[j]) for r in few} == {(r[i], r[j]) for r in rows}

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from benchmarks.tpu_cases import SCHEDULED, TOPOLOGIES, Scheduled
-from cases import pairwise, tiered
+from cases import covering, tiered
 from programs import cache_sized, compile_call
 
 HEADS = (1, 2, 4, 8, 16, 32)
@@ -36,7 +36,7 @@ def _cases() -> Iterator[tuple[str, int, int, int, str]]:
 
 
 _ALL = list(_cases())
-_DEFAULT = pairwise(_ALL)
+_DEFAULT = covering(_ALL)
 _PART = set(_ALL[:: 1 if jax.__version_info__ >= (0, 12) else 7]) | set(_DEFAULT)
 
 
