@@ -104,7 +104,11 @@ def _dense(
             pages = factor.at[page_table].get(mode="promise_in_bounds")
             factor = pages.reshape(used.shape + factor.shape[2:])
         factors[i] = jnp.where(used[:, :, None, None], factor, jnp.zeros((), factor.dtype))
-    return functools.reduce(jnp.multiply, factors)
+    dense = functools.reduce(jnp.multiply, factors)
+    if params.cache_layout == "BHSD":
+        # XLA on CPUs would make the swap a part of a product, and has no such one of bfloat16.
+        dense = lax.optimization_barrier(dense)
+    return dense
 
 
 def _dense_params(query: jax.Array, params: RaggedAttentionParams) -> RaggedAttentionParams:
