@@ -1,21 +1,30 @@
 """The public functions: they check, insert dimensions and bind."""
 
+# Annotations stay text, so that `help` shows `ArrayLike` and not the union that it stands for.
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jax_ragged._caches import (
-    CacheArguments,
-    canonical,
-    check_dtypes,
-    check_shapes,
+from jax_ragged._arguments import (
+    ArrayLike,
+    ScalarLike,
+    array,
+    factors,
+    mesh_of,
+    partition_spec,
+    positions,
     saturated_int32,
+    scale_or_default,
 )
+from jax_ragged._caches import CacheArguments, canonical, check_dtypes, check_shapes, sizes
+from jax_ragged._keywords import teaches
 from jax_ragged._merge import with_sinks
 from jax_ragged._results import RaggedAttention
 from jax_ragged.lowering import reference
@@ -23,6 +32,7 @@ from jax_ragged.lowering._compat import INLINE_EQUATIONS
 from jax_ragged.lowering.contract import Operands
 from jax_ragged.lowering.params import (
     DEFAULT_MASK_VALUE,
+    OPTIONAL,
     CacheLayout,
     Implementation,
     RaggedAttentionParams,
@@ -40,13 +50,43 @@ def _either(*shapes: tuple[int, ...]) -> str:
     return " or ".join(dict.fromkeys(map(str, shapes)))
 
 
+def _window_dtype_advice(name: str, x: Any) -> str:
+    if x.dtype != bool:
+        return f"Pass positions of the cache, {name}.astype(jnp.int32)."
+    ends = "mask.sum(axis=-1)" if name == "lengths" else "mask.argmax(axis=-1)"
+    return f"Of a mask over the S positions of the cache, pass {ends}."
+
+
+def _window_shape_advice(name: str, x: Any, rows: tuple[int, ...], S: int) -> str:
+    """Advice for windows of a shape that users have from elsewhere."""
+    if x.ndim > 1 and x.shape[-1] == S and x.shape[0] == rows[0]:
+        ends = "mask.sum(axis=-1)" if name == "lengths" else "mask.argmax(axis=-1)"
+        return f" Of a mask over the {S} positions of the cache, pass {ends}."
+    if x.shape == (rows[0], 1):
+        return f" Pass {name}[:, 0]."
+    if x.shape == (1,):
+        return f" Pass {name}[0], a scalar, for one window in all rows."
+    if x.shape == (rows[0] + 1,):
+        return (
+            " Of cumulative lengths, as cu_seqlens is, pass jnp.diff(cu_seqlens); each row has a "
+            "cache of its own."
+        )
+    return ""
+
+
 def _check_sinks(query: Any, sinks: Any) -> None:
     Hq = query.shape[-2]
     if sinks.shape != (Hq,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise ValueError(
             "ragged_attention: sinks must have shape [Hq] and a float dtype, one logit for each "
-            f"query head; got {sinks.dtype}{list(sinks.shape)} for Hq = {Hq}."
+            f"query head; got {sinks.dtype}{list(sinks.shape)} for Hq = {Hq}. Pass jnp.full(Hq, "
+            "sink) for one sink in all heads."
         )
+
+
+def _rank_advice(rank: int) -> str:
+    few = "Insert the dimension that is missing, query[None] for one row."
+    return few if rank < 3 else "Map further dimensions with jax.vmap."
 
 
 def _check(
@@ -63,21 +103,23 @@ def _check(
     for name in ("lengths", "starts"):
         if name in arrays and not jnp.issubdtype(arrays[name].dtype, jnp.integer):
             raise TypeError(
-                f"ragged_attention: {name} must have an integer dtype; got {arrays[name].dtype}. "
-                f"Pass positions of the cache, {name}.astype(jnp.int32)."
+                f"ragged_attention: {name} must have an integer dtype; got {arrays[name].dtype}"
+                f"{[*arrays[name].shape]}. {_window_dtype_advice(name, arrays[name])}"
             )
     if query.ndim not in (3, 4):
         raise ValueError(
             "ragged_attention: query must have shape [B, Hq, D] or [B, Q, Hq, D]; "
-            f"got {query.shape}. Map further dimensions with jax.vmap."
+            f"got {query.shape}. {_rank_advice(query.ndim)}"
         )
     check_shapes(query, cache, params.cache_layout)
-    rows = query.shape[:-2]
-    for name in ("lengths", "starts"):
-        if name in arrays and arrays[name].shape not in (rows, rows[:1]):
+    rows, (S, _) = query.shape[:-2], sizes(cache, params.cache_layout)
+    S *= cache.page_table.shape[1] if params.paged else 1
+    for name, x in arrays.items():
+        if x.shape not in (rows, rows[:1], ()):
             raise ValueError(
-                f"ragged_attention: {name} must have shape {_either(rows[:1], rows)}, "
-                f"one window a row or a query; got {arrays[name].shape} for query {query.shape}."
+                f"ragged_attention: {name} must have shape {_either(rows[:1], rows)}, one window "
+                f"a row or a query, or be a scalar; got {x.shape} for query {query.shape}."
+                f"{_window_shape_advice(name, x, rows, S)}"
             )
 
 
@@ -92,31 +134,21 @@ def _out_dtype(out_dtype: DTypeLike | None, query: Any) -> str | None:
             f"ragged_attention: out_dtype must be a dtype or None; got {out_dtype!r} of type "
             f"{type(out_dtype).__name__}. Pass 'float32' for results that are merged."
         ) from error
-    wide = statistics_dtype(query.dtype).name
-    if name not in (query.dtype.name, wide):
+    own = jax.dtypes.canonicalize_dtype(query.dtype)  # numpy's float64 enters JAX as float32
+    wide = statistics_dtype(own).name
+    if name not in (own.name, wide):
         raise TypeError(
-            f"ragged_attention: out_dtype must be the dtype of query, {query.dtype}, or that of "
-            f"the statistics, {wide}; got {name}. Cast out with .astype."
+            f"ragged_attention: out_dtype must be the dtype of query, {own}, or the dtype of the "
+            f"statistics, {wide}; got {name}. Cast out with .astype."
         )
-    return None if name == query.dtype.name else name
-
-
-def _saturated(x: Any) -> Any:
-    """Windows and page tables as JAX can take them: wide integers of numpy saturate.
-
-    They do so at the limits of int32. Without x64, JAX would take the low 32 bits of such an array
-    as it enters a program.
-    """
-    if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu" or x.dtype.itemsize <= 4:
-        return x
-    limits = np.iinfo(np.int32)
-    low = limits.min if x.dtype.kind == "i" else 0
-    return np.clip(x, low, limits.max).astype(np.int32)
+    return None if name == own.name else name
 
 
 def _window_bound(x: jax.Array, rank: int) -> jax.Array:
-    """Casts to int32 [B] or [B, 1 or Q]; a number that int32 cannot hold saturates."""
+    """Casts to int32 [B or 1] or [B or 1, Q or 1]; a number that int32 cannot hold saturates."""
     x = saturated_int32(x)
+    if x.ndim == 0:
+        return jnp.expand_dims(x, tuple(range(rank)))
     return x if x.ndim == rank else jnp.expand_dims(x, 1)
 
 
@@ -183,34 +215,45 @@ def _reference_ragged_attention(
     return RaggedAttention(*(x[:, 0] if rank == 1 else x for x in results))
 
 
-def _require_arrays(**arrays: Any) -> None:
-    for name, x in arrays.items():
-        if not isinstance(x, jax.Array | np.ndarray):
-            raise TypeError(
-                f"ragged_attention: {name} must be a jax.Array or numpy.ndarray; "
-                f"got {type(x).__name__}. Convert it with jnp.asarray."
-            )
+_OPERATION = "ragged_attention"
 
 
+def _optional(convert: Callable[..., Any], name: str, x: Any) -> Any:
+    return None if x is None else convert(_OPERATION, name, x)
+
+
+def _definition(
+    query: Any, softmax_scale: Any, logits_soft_cap: Any, mask_value: Any, out_dtype: Any
+) -> dict[str, Any]:
+    """The static parameters that the definition has too."""
+    return {
+        "softmax_scale": scale_or_default(softmax_scale, query),
+        "logits_soft_cap": logits_soft_cap,
+        "mask_value": mask_value,
+        "out_dtype": _out_dtype(out_dtype, query),
+    }
+
+
+@teaches()
 def ragged_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array | None = None,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    lengths: ArrayLike,
+    starts: ArrayLike | None = None,
     *,
-    softmax_scale: float = 1.0,
-    logits_soft_cap: float | None = None,
+    softmax_scale: ScalarLike | None = 1.0,
+    logits_soft_cap: ScalarLike | None = None,
     block_size: int | None = None,
-    mask_value: float = DEFAULT_MASK_VALUE,
+    mask_value: ScalarLike = DEFAULT_MASK_VALUE,
     implementation: Implementation | None = None,
-    partition: PartitionSpec | None = None,
+    partition: PartitionSpec | NamedSharding | None = None,
     out_dtype: DTypeLike | None = None,
-    page_table: jax.Array | None = None,
-    key_scale: jax.typing.ArrayLike | None = None,
-    value_scale: jax.typing.ArrayLike | None = None,
+    page_table: ArrayLike | None = None,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
     cache_layout: CacheLayout = "BSHD",
-    sinks: jax.Array | None = None,
+    sinks: ArrayLike | None = None,
 ) -> RaggedAttention:
     """Attention of every row of a batch to its own window of a key/value cache.
 
@@ -229,12 +272,14 @@ def ragged_attention(
     results and gradients of the other queries that share the position, except those of empty
     windows.
 
-    Query head h attends to key head `h // (Hq // Hkv)`: MHA is `Hq == Hkv`, MQA is `Hkv == 1`,
-    GQA all between. Products accumulate in float32 (float64 for float64), and so do sums of
-    gradients over queries, heads and shards, which are rounded once.
+    Query head h attends to key head `h // (Hq // Hkv)`. MHA is `Hq == Hkv`, MQA is `Hkv == 1`, and
+    GQA is everything between. Products accumulate in float32 (float64 for float64), and so do sums
+    of gradients over queries, heads and shards, which are rounded once.
 
-    It binds one equation of `jax_ragged.primitives.ragged_attention_p`, which has every rule of
-    JAX: jit, vmap, grad, shard_map and export compose.
+    A call binds one equation of `jax_ragged.primitives.ragged_attention_p`, which has every rule
+    of JAX: jit, vmap, grad, shard_map and export compose. Arrays may be anything that
+    `jnp.asarray` takes: arrays of JAX or numpy, numbers, lists, and objects with `__jax_array__`
+    such as variables of flax.
 
     Args:
       query: [B, Hq, D], or [B, Q, Hq, D] for Q query tokens a row, in float32, bfloat16,
@@ -243,28 +288,35 @@ def ragged_attention(
         A pool of pages [P, T, Hkv, D] with page_table.
       value: [B, S, Hkv, Dv] or [P, T, Hkv, Dv], likewise; Dv may differ from D.
       lengths: integers [B] or [B, Q]: the end of the window, exclusive, in positions of the
-        cache; [B] with Q queries is one window for all of them. A number that int32 cannot hold
-        saturates. That includes numpy arrays of int64, but not where they pass through a
-        transformation of JAX first, which without x64 takes their low 32 bits.
+        cache. [B] with Q queries is one window for all of them, and a scalar is one window for
+        all rows. A number that int32 cannot hold saturates. That includes numpy arrays of int64,
+        but not where they pass through a transformation of JAX first, which without x64 takes
+        their low 32 bits. Lengths past S are no error: the window ends with the cache. Use
+        `check_windows` to find them.
       starts: integers as lengths: the first position of the window; None is 0.
-      softmax_scale: factor of the logits, 0 or of a size that float32 holds; no scale is applied
-        unless given.
-      logits_soft_cap: c > 0 of the soft cap, at most 1e30; or None for none.
+      softmax_scale: factor of the logits: 0, or of a size that float32 holds. The default of 1
+        leaves the logits as they are, for models that scale the query themselves. None is
+        `D ** -0.5`, the default of most other attention functions. It is a number that is known
+        while tracing: multiply query by a traced factor.
+      logits_soft_cap: c > 0 of the soft cap, in units of the logits, at most 1e30; None for none.
       block_size: positions of the cache that a kernel reads at a time; None lets the lowering
         choose. It changes speed, not the answer, and need not divide S.
       mask_value: `max_logits` of an empty window.
       implementation: "reference" or "kernel" forces one; None takes the kernel of the platform
         where it has one for the call.
       partition: mesh axes of (B, [Q,] heads) under jit on a mesh of automatic axes, where a
-        kernel cannot be partitioned by the compiler.
+        kernel cannot be partitioned by the compiler. Entries left out at the end are None. A
+        `NamedSharding` also says which mesh: the mesh of the context or of the operands must be
+        the same, and none need be set. A `PartitionSpec` takes the mesh of the context or of the
+        operands.
       out_dtype: the dtype of `out`: the dtype of query, which is the default, or the dtype of the
         statistics, so that partial results of narrow operands merge without being rounded first.
       page_table: integers [B, W]. Position t of row b lies in page `page_table[b, t // T]` at
         `t % T`, and S is W * T. Rows may share pages. Entries outside of the windows may be
         anything; one inside that is not in [0, P) is clamped.
-      key_scale: floats, a scalar, [Hkv], or what broadcasts against the first three dimensions of
-        key, for a key in int8, float8_e4m3fn or float8_e5m2: the keys are `key_scale * key`. int8
-        needs one. See `quantize_cache`.
+      key_scale: floats, a scalar, [Hkv], or an array that broadcasts against the first three
+        dimensions of key, for a key in int8, float8_e4m3fn or float8_e5m2: the keys are
+        `key_scale * key`. int8 needs one. See `quantize_cache`.
       value_scale: as key_scale, for value.
       cache_layout: "BSHD", or "BHSD" for heads before positions in key, value and their scales:
         [B, Hkv, S, D], or [P, Hkv, T, D] for a pool.
@@ -272,72 +324,112 @@ def ragged_attention(
         softmax; None for none.
 
     Returns:
-      The named tuple `RaggedAttention(out, max_logits, denominator)`.
+      The named tuple `RaggedAttention(out, max_logits, denominator)`: out [B, (Q,) Hq, Dv] in
+      out_dtype, and the statistics [B, (Q,) Hq] in float32 (float64 for float64).
 
     Raises:
-      TypeError, ValueError: while tracing, for an argument that is not as said above.
+      TypeError, ValueError: while tracing, for an argument that does not fit the descriptions
+        above, and for keywords that other libraries use, with the name that this one has.
       NotImplementedError: while lowering, where `implementation="kernel"` cannot be honoured.
 
-    The streaming softmax of the kernels is that of Milakov and Gimelshein, "Online normalizer
+    Examples:
+      Two rows, one with three positions and one with five:
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax_ragged import ragged_attention
+      >>> query = jax.random.normal(jax.random.key(0), (2, 4, 16))  # [B, Hq, D]
+      >>> key, value = jax.random.normal(jax.random.key(1), (2, 2, 8, 2, 16))  # [B, S, Hkv, D]
+      >>> results = ragged_attention(query, key, value, lengths=[3, 5], softmax_scale=None)
+      >>> results.out.shape, results.max_logits.shape
+      ((2, 4, 16), (2, 4))
+
+      A sliding window of two positions:
+
+      >>> lengths = jnp.array([3, 5])
+      >>> ragged_attention(query, key, value, lengths, starts=lengths - 2).out.shape
+      (2, 4, 16)
+
+    The kernels use the streaming softmax of Milakov and Gimelshein, "Online normalizer
     calculation for softmax" (2018), over blocks as in FlashAttention (Dao et al., 2022).
     """
-    optional = {
-        "page_table": _saturated(page_table),
-        "key_scale": key_scale,
-        "value_scale": value_scale,
-    }
-    optional = {name: x for name, x in optional.items() if x is not None}
-    given = {"starts": starts, "page_table": page_table, "sinks": sinks}
-    _require_arrays(query=query, key=key, value=value, lengths=lengths)
-    _require_arrays(**{name: x for name, x in given.items() if x is not None})
-    optional |= {n: jnp.asarray(x) for n, x in optional.items() if n.endswith("_scale")}
+    query = array(_OPERATION, "query", query)
+    cache = CacheArguments(
+        key=array(_OPERATION, "key", key),
+        value=array(_OPERATION, "value", value),
+        page_table=_optional(positions, "page_table", page_table),
+        key_scale=_optional(factors, "key_scale", key_scale),
+        value_scale=_optional(factors, "value_scale", value_scale),
+    )
     params = RaggedAttentionParams(
-        softmax_scale=softmax_scale,
-        logits_soft_cap=logits_soft_cap,
+        **_definition(query, softmax_scale, logits_soft_cap, mask_value, out_dtype),
         block_size=block_size,
-        mask_value=mask_value,
         implementation=implementation,
-        partition=partition,
-        out_dtype=_out_dtype(out_dtype, query),
+        partition=partition_spec(partition, query),
         cache_layout=cache_layout,
-        optional=tuple(optional),
+        optional=tuple(name for name in OPTIONAL if getattr(cache, name) is not None),
     )
-    cache = CacheArguments(key, value, **optional)
-    results: RaggedAttention = _ragged_attention(
-        query, cache, _saturated(lengths), _saturated(starts), sinks, params=params
-    )
+    windows = positions(_OPERATION, "lengths", lengths), _optional(positions, "starts", starts)
+    with mesh_of(partition, query, *cache):
+        results: RaggedAttention = _ragged_attention(
+            query, cache, *windows, _optional(factors, "sinks", sinks), params=params
+        )
     return results
 
 
+@teaches(
+    beyond={
+        name: f"ragged_attention(..., implementation='reference') takes {name}."
+        for name in (*OPTIONAL, "cache_layout", "sinks", "partition")
+    }
+    | {
+        "block_size": "The definition reads all positions at once; leave it out.",
+        "implementation": "This is the definition itself; leave it out.",
+    }
+)
 def reference_ragged_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    starts: jax.Array | None = None,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    lengths: ArrayLike,
+    starts: ArrayLike | None = None,
     *,
-    softmax_scale: float = 1.0,
-    logits_soft_cap: float | None = None,
-    mask_value: float = DEFAULT_MASK_VALUE,
+    softmax_scale: ScalarLike | None = 1.0,
+    logits_soft_cap: ScalarLike | None = None,
+    mask_value: ScalarLike = DEFAULT_MASK_VALUE,
     out_dtype: DTypeLike | None = None,
 ) -> RaggedAttention:
     """`ragged_attention` by its definition: dense, in plain `jax.numpy`, at the cost of S.
 
-    Its arguments mean the same as in `ragged_attention`, and it takes dense caches. It is
-    differentiated by JAX's own rules. It computes in float32 (float64 for float64) and rounds the
-    results once. At a tie of the maximum, the first position carries the derivative. A window
+    It is differentiated by JAX's own rules. It computes in float32 (float64 for float64) and rounds
+    the results once. At a tie of the maximum, the first position carries the derivative. A window
     without a position, or one whose logits are all -inf, is empty.
+
+    Use it to test a lowering, or to read the definition. For other forms of caches, and for the
+    primitive with its rules, call `ragged_attention` with `implementation="reference"`.
+
+    Args:
+      query: [B, Hq, D] or [B, Q, Hq, D].
+      key: [B, S, Hkv, D], in the dtype of query.
+      value: [B, S, Hkv, Dv], in the dtype of query.
+      lengths: integers [B] or [B, Q], or a scalar.
+      starts: integers as lengths; None is 0.
+      softmax_scale: factor of the logits; None is `D ** -0.5`.
+      logits_soft_cap: c of the soft cap, or None.
+      mask_value: `max_logits` of an empty window.
+      out_dtype: the dtype of `out`: the dtype of query, or the dtype of the statistics.
+
+    Returns:
+      The results, as `ragged_attention` returns them.
+
+    Raises:
+      TypeError, ValueError: as `ragged_attention`.
     """
-    _require_arrays(query=query, key=key, value=value, lengths=lengths)
-    if starts is not None:
-        _require_arrays(starts=starts)
+    query = array(_OPERATION, "query", query)
     params = RaggedAttentionParams(
-        softmax_scale=softmax_scale,
-        logits_soft_cap=logits_soft_cap,
-        mask_value=mask_value,
-        out_dtype=_out_dtype(out_dtype, query),
+        **_definition(query, softmax_scale, logits_soft_cap, mask_value, out_dtype)
     )
-    results: RaggedAttention = _reference_ragged_attention(
-        query, CacheArguments(key, value), _saturated(lengths), _saturated(starts), params=params
-    )
+    cache = CacheArguments(array(_OPERATION, "key", key), array(_OPERATION, "value", value))
+    windows = positions(_OPERATION, "lengths", lengths), _optional(positions, "starts", starts)
+    results: RaggedAttention = _reference_ragged_attention(query, cache, *windows, params=params)
     return results

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
+from jax_ragged._arguments import ArrayLike, array, saturated_int32
 from jax_ragged.lowering.cache import NARROW
 from jax_ragged.lowering.params import CacheLayout, statistics_dtype
 
@@ -52,24 +52,24 @@ def check_dtypes(query: Any, cache: CacheArguments) -> None:
         if dtype != query.dtype and not narrow:
             raise TypeError(
                 f"ragged_attention: {name} must have the dtype of query or, quantised, one of "
-                f"{_NARROW_NAMES}; got {dtype} for query in {query.dtype}. Cast query to the "
-                "dtype of the cache: casting the cache copies it."
+                f"{_NARROW_NAMES}; got {dtype} for query in {query.dtype}. "
+                f"{_dtype_advice(name, dtype)}"
             )
         if dtype == jnp.int8 and scale is None:
             raise TypeError(
-                f"ragged_attention: {name} in int8 must come with {name}_scale, its unit for each "
-                "token and head; got none. jax_ragged.quantize_cache(x, 'int8') returns both."
+                f"ragged_attention: {name} in int8 must come with {name}_scale, the number that 1 "
+                "stands for; got none. jax_ragged.quantize_cache(x, 'int8') returns both."
             )
         if scale is not None and not narrow:
             raise TypeError(
                 f"ragged_attention: {name}_scale must come with a quantised {name}, in one of "
-                f"{_NARROW_NAMES}; got {name} in {dtype}. Leave the scale out, or pass it as "
-                "softmax_scale."
+                f"{_NARROW_NAMES}; got {name} in {dtype}. Leave {name}_scale out, or multiply "
+                f"{'softmax_scale' if name == 'key' else 'out'} by it."
             )
         if scale is not None and not jnp.issubdtype(scale.dtype, jnp.floating):
             raise TypeError(
                 f"ragged_attention: {name}_scale must have a float dtype; got {scale.dtype}. "
-                f"Pass {name}_scale.astype(jnp.float32)."
+                f"Pass jnp.asarray({name}_scale, jnp.float32)."
             )
     table = cache.page_table
     if table is not None and not jnp.issubdtype(table.dtype, jnp.integer):
@@ -88,18 +88,19 @@ def check_shapes(query: Any, cache: CacheArguments, layout: CacheLayout) -> None
         if x.ndim != 4:
             raise ValueError(
                 f"ragged_attention: {name} must have shape {letters(layout, paged, head_dim)}; "
-                f"got {x.shape}. Map further dimensions with jax.vmap."
+                f"got {name} {x.shape} for query {query.shape}. {_rank_advice(name, x.ndim)}"
             )
     if paged and (cache.page_table.ndim != 2 or cache.page_table.shape[0] != B):
         raise ValueError(
             "ragged_attention: page_table must have shape [B, W], the pages of each row, with B "
-            f"of query; got {cache.page_table.shape} for query {query.shape}."
+            f"of query; got {cache.page_table.shape} for query {query.shape}. Reshape a flat table "
+            "with page_table.reshape(B, -1)."
         )
     if (not paged and cache.key.shape[0] != B) or cache.key.shape[3] != D:
         raise ValueError(
             f"ragged_attention: key must have shape {letters(layout, paged, 'D')} with "
             f"{'D' if paged else 'B and D'} of query; got key {cache.key.shape} for query "
-            f"{query.shape}.{_transposed(cache, layout)}"
+            f"{query.shape}.{_layout_advice(query, cache, layout)}"
         )
     counted, _ = sizes(cache, layout)
     if paged and 0 in (cache.key.shape[0], counted):
@@ -118,15 +119,16 @@ def check_shapes(query: Any, cache: CacheArguments, layout: CacheLayout) -> None
         raise ValueError(
             f"ragged_attention: value must have shape {letters(layout, paged, 'Dv')} with "
             f"{'P, T' if paged else 'B, S'} and Hkv of key; got value {cache.value.shape} for key "
-            f"{cache.key.shape}."
+            f"{cache.key.shape}. Keep both in one layout and of one size."
         )
     _, Hkv = sizes(cache, layout)
     Hq = query.shape[-2]
     if Hkv == 0 or Hq % Hkv != 0:
         raise ValueError(
-            "ragged_attention: the heads of query must be a multiple of those of key; "
-            f"got Hq = {Hq} for Hkv = {Hkv} in key {letters(layout, paged, 'D')} = "
-            f"{cache.key.shape}.{_transposed(cache, layout, Hq)}"
+            "ragged_attention: the heads of query must be a multiple of the heads of key; got "
+            f"Hq = {Hq} in query {_query_letters(query)} = {query.shape} for Hkv = {Hkv} in key "
+            f"{letters(layout, paged, 'D')} = {cache.key.shape}."
+            f"{_layout_advice(query, cache, layout)}"
         )
     for name in ("key_scale", "value_scale"):
         scale = getattr(cache, name)
@@ -141,21 +143,53 @@ def check_shapes(query: Any, cache: CacheArguments, layout: CacheLayout) -> None
             )
 
 
-def saturated_int32(x: jax.Array) -> jax.Array:
-    """Integers as int32: a number that int32 cannot hold becomes the nearest that it holds."""
-    limits, held = np.iinfo(np.int32), np.iinfo(x.dtype)
-    if held.min < limits.min or held.max > limits.max:
-        low, high = max(held.min, limits.min), min(held.max, limits.max)
-        x = jnp.clip(x, np.array(low, x.dtype), np.array(high, x.dtype))
-    return x.astype(jnp.int32)
+def _query_letters(query: Any) -> str:
+    return "[B, Hq, D]" if query.ndim == 3 else "[B, Q, Hq, D]"
 
 
-def _transposed(cache: CacheArguments, layout: CacheLayout, Hq: int | None = None) -> str:
-    """Advice where the cache would fit in the other layout."""
-    heads = cache.key.shape[2 if layout == "BHSD" else 1]
-    other = "BSHD" if layout == "BHSD" else "BHSD"
-    fits = Hq is not None and heads > 0 and Hq % heads == 0
-    return f" Pass cache_layout={other!r} for heads before positions." if fits else ""
+def _dtype_advice(name: str, dtype: Any) -> str:
+    if dtype == jnp.uint8:
+        return (
+            f"Bits of an 8-bit float are jax.lax.bitcast_convert_type({name}, jnp.float8_e4m3fn)."
+        )
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16:
+        return "Cast query to the dtype of the cache: casting the cache copies it."
+    return "Quantise the cache with jax_ragged.quantize_cache."
+
+
+def _rank_advice(name: str, rank: int) -> str:
+    if rank == 5:
+        return (
+            "Map further dimensions with jax.vmap; read a stack of layers [L, B, S, Hkv, D] as "
+            f"L * B pages of S positions, {name}.reshape(L * B, S, Hkv, D), with page_table=."
+        )
+    if rank == 3:
+        return f"Insert the dimension of one head, {name}[:, :, None]."
+    return "Map further dimensions with jax.vmap."
+
+
+def _layout_advice(query: Any, cache: CacheArguments, layout: CacheLayout) -> str:
+    """Advice where key fits query in another order of dimensions, or as a pool of pages."""
+    paged, shape = cache.page_table is not None, cache.key.shape
+    B, Hq, D = query.shape[0], query.shape[-2], query.shape[-1]
+
+    def fits(order: CacheLayout, heads: int = Hq) -> bool:
+        _, Hkv = sizes(cache, order)
+        return isinstance(Hkv, int) and Hkv > 0 and heads % Hkv == 0 and shape[3] == D
+
+    other: CacheLayout = "BSHD" if layout == "BHSD" else "BHSD"
+    of_other = letters(other, paged, "D")
+    if not paged and shape[0] != B and (fits(layout) or fits(other)):
+        also = "" if fits(layout) else f" and cache_layout={other!r}"
+        pool = letters(layout if fits(layout) else other, True, "D")
+        return f" For a pool of pages {pool}, pass page_table=, integers [B, W],{also} too."
+    if fits(other) and not fits(layout):
+        return f" For a cache {of_other}, pass cache_layout={other!r}."
+    if query.ndim == 4 and fits(layout, query.shape[1]):
+        return " For a query [B, Hq, Q, D], pass jnp.swapaxes(query, 1, 2)."
+    if shape[2] == D and shape[3] != D:
+        return " The head dimension D comes last in every layout."
+    return ""
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
@@ -189,7 +223,7 @@ def canonical(
     return operands
 
 
-def quantize_cache(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+def quantize_cache(x: ArrayLike, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Quantises keys or values with a scale for each token and head.
 
     The scale brings the largest element of a head to the largest number of dtype. Pass the two
@@ -206,11 +240,7 @@ def quantize_cache(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array
     Raises:
       TypeError: if x is not of a float dtype, or dtype is none of the three.
     """
-    if not isinstance(x, jax.Array | np.ndarray):
-        raise TypeError(
-            "quantize_cache: x must be a jax.Array or numpy.ndarray; got "
-            f"{type(x).__name__}. Convert it with jnp.asarray."
-        )
+    x = array("quantize_cache", "x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(
             f"quantize_cache: x must have shape [..., D] with D of 1 or more; got {x.shape}."

@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jax_ragged._arguments import ArrayLike, array
+from jax_ragged._keywords import teaches
 from jax_ragged._results import RaggedAttention
 from jax_ragged.lowering.params import statistics_dtype
 from jax_ragged.lowering.sharding import axes_of_type
@@ -124,24 +126,24 @@ def _results(parts: Sequence[Any]) -> list[RaggedAttention]:
     """The results of ragged_attention among the arguments, each checked to be one."""
     results = []
     for x in parts:
-        if not isinstance(x, tuple | list) or len(x) != 3 or not all(map(_is_array, x)):
-            raise TypeError(
-                "merge_partials: each of parts must be (out, max_logits, denominator), as "
-                f"ragged_attention returns them; got {_describe(x)}. Pass several results as "
-                "merge_partials(a, b), or one stacked result and its axis as "
-                "merge_partials(stacked, axis=0)."
-            )
-        results.append(RaggedAttention(*map(jnp.asarray, x)))
+        if not isinstance(x, tuple | list) or len(x) != 3:
+            raise _no_result(x)
+        try:
+            arrays = [jnp.asarray(array("merge_partials", "parts", item)) for item in x]
+        except TypeError as error:
+            raise _no_result(x) from error
+        results.append(RaggedAttention(*arrays))
     return results
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
-
-
-def _describe(x: Any) -> str:
-    what = f" of {len(x)} items" if isinstance(x, tuple | list) else ""
-    return f"{type(x).__name__}{what}"
+def _no_result(x: Any) -> TypeError:
+    items = f" of {len(x)} items" if isinstance(x, tuple | list) else ""
+    return TypeError(
+        "merge_partials: each of parts must be (out, max_logits, denominator), as "
+        f"ragged_attention returns them; got {type(x).__name__}{items}. Pass several results as "
+        "merge_partials(a, b), or merge_partials(*parts) for a list of them; pass one stacked "
+        "result and its axis as merge_partials(stacked, axis=0)."
+    )
 
 
 def _stacked(results: Sequence[RaggedAttention]) -> RaggedAttention:
@@ -156,8 +158,9 @@ def _stacked(results: Sequence[RaggedAttention]) -> RaggedAttention:
     return RaggedAttention(*map(jnp.stack, zip(*results, strict=True)))
 
 
+@teaches()
 def merge_partials(
-    *parts: Sequence[jax.Array],
+    *parts: Sequence[ArrayLike],
     axis: int | str | tuple[str, ...] | None = None,
 ) -> RaggedAttention:
     """Merges attention to the parts of a window into attention to the whole window.

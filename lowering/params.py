@@ -5,8 +5,10 @@ import math
 import numbers
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
@@ -32,15 +34,42 @@ _LEAST, _MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float
 _MOST_SOFT_CAP = 1e30
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.number):
+_IF_TRACED = {
+    "softmax_scale": (
+        "Compute it with Python or numpy, as D ** -0.5; mark it with static_argnames in jax.jit; "
+        "or multiply query by a factor that is traced."
+    )
+}
+
+
+def _known(name: str, value: Any) -> Any:
+    """Checks a number that is not one of Python's: its value must be known while tracing."""
+    if not isinstance(value, jax.Array) and hasattr(value, "__jax_array__"):
+        value = value.__jax_array__()
+    if isinstance(value, Tracer):
+        advice = "Compute it with Python or numpy, or mark it with static_argnames in jax.jit."
+        raise TypeError(
+            f"ragged_attention: {name} must be a Python number, known while tracing; got a traced "
+            f"{jax.typeof(value).str_short()}. {_IF_TRACED.get(name, advice)}"
+        )
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        is_real = (
+            value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.number) and jnp.isrealobj(value)
+        )
+    if not is_real:
         raise TypeError(
             f"ragged_attention: {name} must be a Python number, known while tracing; "
-            f"got {value!r} of type {type(value).__name__}. "
-            "Multiply query by a traced factor instead."
+            f"got {value!r} of type {type(value).__name__}. One number holds for the whole call; "
+            "fold factors of heads or rows into query."
         )
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    """A number, or an array without dimensions whose value is known, as a number."""
     try:
-        number = float(value)
+        number = float(value if type(value) in (float, int) else _known(name, value))
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
@@ -126,8 +155,9 @@ class RaggedAttentionParams:
             )
         if self.partition is not None and not isinstance(self.partition, PartitionSpec):
             raise TypeError(
-                "ragged_attention: partition must be a jax.sharding.PartitionSpec or None; "
-                f"got {self.partition!r} of type {type(self.partition).__name__}."
+                "ragged_attention: partition must be a jax.sharding.PartitionSpec, a "
+                f"NamedSharding or None; got {self.partition!r} of type "
+                f"{type(self.partition).__name__}. Pass PartitionSpec(batch axes, head axes)."
             )
 
         if self.cache_layout not in ("BSHD", "BHSD"):

@@ -97,6 +97,20 @@ class Layout:
         left = axes_of_type(self.mesh, AxisType.Auto) - self.axes
         return math.prod(self.mesh.shape[axis] for axis in left)
 
+    def check_devices(self, ctx: mlir.LoweringRuleContext) -> None:
+        """Raises ValueError where the program has fewer devices than the mesh of its shards.
+
+        That is so where `partition` alone names the mesh, and the operands lie elsewhere.
+        """
+        devices = getattr(axis_context(ctx), "num_devices", None)
+        if self.axes and devices is not None and devices < self.mesh.size:
+            raise ValueError(
+                "ragged_attention: the operands must be on the mesh of partition, a "
+                f"mesh of {self.mesh.size} devices; got a program for {devices}. Put the operands "
+                "on the mesh with jax.device_put, give in_shardings to jax.jit, or call under "
+                "jax.set_mesh(mesh)."
+            )
+
     @property
     def sums(self) -> list[tuple[str, ...]]:
         """The mesh axes over which each result is summed.

@@ -252,6 +252,7 @@ def _lowering_rule(
 ) -> Any:
     """Lowers an equation to the operation on each shard, as JAX's lowering rules do."""
     layout = definition.check(ctx.avals_in, static).layout()
+    layout.check_devices(ctx)
     target = dispatch.target_of(
         platform, ctx, layout.unpartitioned_devices(ctx), tuple(map(bool, layout.sums))
     )

@@ -162,7 +162,6 @@ def test_partition_of_replicated_rows(mesh: Any) -> None:
 @pytest.mark.parametrize(
     ("partition", "message"),
     [
-        (P("data", "model"), "partition must have 3 entries"),
         (P("data", None, None, "model"), "partition must have 3 entries"),
         (P("data", None, "tensor"), "partition must name automatic axes of the mesh"),
         (P("data", None, "data"), "each at most once"),
