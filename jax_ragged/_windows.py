@@ -33,15 +33,15 @@ def windows_from_mask(mask: ArrayLike) -> Windows:
 
         ragged_attention(query, key, value, *windows_from_mask(mask))
 
-    Each row of the mask is one window: its True are neighbours. A mask in an array of numbers is
-    checked at once. The elements of a traced mask, as inside of `jax.jit`, are not known. If you
+    The True of each query must be neighbours: they are one window. A mask in an array of numbers
+    is checked at once. The elements of a traced mask, as inside of `jax.jit`, are not known. If you
     transform the program with `jax.experimental.checkify`, it checks them as it runs. Otherwise a
-    row with a gap gets the positions from its first True to its last.
+    query with a gap attends to all positions from its first True to its last.
 
     Args:
       mask: booleans [..., S], or integers of which 0 is False: True where a query attends to a
         position. [B, S] is one window a row and [B, Q, S] one a query. Masks of other functions
-        have an axis of heads, [B, 1, Q, S]: pass `mask[:, 0]`, as all heads of a query share
+        have an axis of heads, [B, 1, Q, S]: pass `mask.squeeze(1)`. All heads of a query share
         its window.
 
     Returns:
@@ -68,7 +68,7 @@ def windows_from_mask(mask: ArrayLike) -> Windows:
     starts = jnp.minimum(starts, lengths)
     if isinstance(mask, Tracer) or not getattr(mask, "is_fully_addressable", True):
         whole = true.sum(axis=-1, dtype=jnp.int32) == lengths - starts
-        message = f"windows_from_mask: mask must not have gaps in a row. {_ADVICE}"
+        message = f"windows_from_mask: the True of each query in mask must be neighbours. {_ADVICE}"
         checkify.debug_check(jnp.all(whole), message)
     else:
         _check(np.asarray(mask) != 0)
@@ -82,6 +82,6 @@ def _check(true: npt.NDArray[np.bool_]) -> None:
     if len(broken):
         row = ", ".join([*map(str, broken[0]), ":"])
         raise ValueError(
-            "windows_from_mask: the True in each row of mask must be neighbours; got a gap in "
+            "windows_from_mask: the True of each query in mask must be neighbours; got a gap in "
             f"mask[{row}]. {_ADVICE}"
         )

@@ -20,6 +20,8 @@ FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTAL
 # An HTML comment before a block says why it is not run, for instance that it needs a TPU, or names
 # the code in the repository that it quotes.
 NOT_RUN = re.compile(r"<!-- (?:not run|quoted): .+? -->\s*\Z")
+# One at the top of a page names the packages of extras without which the page is not run.
+NEEDS = re.compile(r"\A<!-- needs: (.+?) -->")
 
 
 class Block(NamedTuple):
@@ -68,6 +70,9 @@ RUN = [page for page in PAGES if page.name != "BUILD.md" and _blocks(page.read_t
 def test_code_runs_and_prints_what_the_page_says(
     page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    needed = NEEDS.search(page.read_text())
+    for package in needed[1].split() if needed else ():
+        pytest.importorskip(package, reason=f"{_id(page)} needs {package}, of an extra")
     monkeypatch.chdir(tmp_path)
     # A page may register a lowering, which is not for the tests that follow.
     monkeypatch.setattr(dispatch, "_LOWERINGS", dict(dispatch._LOWERINGS))
