@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu import CALLS, DECODE
+from benchmarks.gpu import CALLS
 from benchmarks.gpu_profile import kernel_times
+from benchmarks.gpu_tables import DECODE
 from benchmarks.measure import Case, Problem, print_table, versions
 from jax_ragged import ragged_attention
 

@@ -37,8 +37,15 @@ from jax_ragged.lowering.gpu.softmax import (
     update,
 )
 
-# Registers of a thread, of the 65,536 that a multiprocessor has.
-_COPYING_REGISTERS, _COMPUTING_REGISTERS = 32, 224
+
+def _registers(plan: Plan) -> tuple[int, int]:
+    """Registers of a copying and of a computing thread, of a multiprocessor's 65,536.
+
+    Page numbers take more of the copying thread's. A thread has at most 255, and those of two
+    streams have 512 together.
+    """
+    copying = 32 if plan.form.paged else 24
+    return copying, 240 if plan.streams == 1 else 256 - copying
 
 
 def attend(plan: Plan, refs: Refs) -> None:
@@ -59,6 +66,7 @@ def attend(plan: Plan, refs: Refs) -> None:
       the others: `scratch_types`.
     """
     wg = lax.axis_index("wg")
+    copying, computing = _registers(plan)
     if plan.tables_in_shared_memory:
         tables = _share_tables(plan, refs)
     else:
@@ -66,7 +74,7 @@ def attend(plan: Plan, refs: Refs) -> None:
 
     @pl.when(wg >= plan.streams)
     def _() -> None:
-        plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
+        plgpu.set_max_registers(copying, action="decrease")
         stream = wg - plan.streams
         part = part_of(plan, tables, stream)
         _copy(plan, refs, tables, stream, part)
@@ -74,7 +82,7 @@ def attend(plan: Plan, refs: Refs) -> None:
 
     @pl.when(wg < plan.streams)
     def _() -> None:
-        plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
+        plgpu.set_max_registers(computing, action="increase")
         _compute(plan, refs, tables, wg, part_of(plan, tables, wg))
 
 
