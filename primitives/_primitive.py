@@ -217,29 +217,48 @@ def definition_of(primitive: Primitive) -> Definition:
     return _DEFINITIONS[primitive]
 
 
+# `jax.default_backend()` is "gpu" on all of these, and programs are lowered for one of them.
+_ALIASES = {"gpu": ("cuda", "rocm", "oneapi")}
+
+
 def register_lowering(platform: str, lowering: Lowering) -> None:
     """Sets the lowering of a platform, in place of the one that the package has for it.
 
     Call it before the first use of ragged attention: programs that are compiled already keep
-    theirs.
+    theirs. `docs/add_a_lowering.md` writes a lowering step by step.
 
     Args:
-      platform: the platform's name in JAX, such as "cpu", "cuda", "rocm" or "tpu".
+      platform: the platform's name in JAX: "cpu", "cuda", "rocm", "oneapi" or "tpu". "gpu" is
+        short for "cuda", "rocm" and "oneapi".
       lowering: an instance of a subclass of `jax_ragged.Lowering`.
 
     Raises:
-      TypeError: if lowering is not an instance of `jax_ragged.Lowering`.
+      TypeError: if platform is not a string, or lowering not an instance of `jax_ragged.Lowering`.
       NotImplementedError: from JAX, for a platform that it does not know.
+
+    Examples:
+      A lowering that refuses every call, so that the reference runs:
+
+      >>> from jax_ragged import Lowering, register_lowering
+      >>> class Refusing(Lowering):
+      ...     pass
+      >>> register_lowering("rocm", Refusing())
     """
+    if not isinstance(platform, str):
+        raise TypeError(
+            "register_lowering: platform must be the name of a platform, such as 'cpu'; "
+            f"got {platform!r} of type {type(platform).__name__}."
+        )
     if not isinstance(lowering, Lowering):
         raise TypeError(
             "register_lowering: lowering must be an instance of jax_ragged.Lowering; "
             f"got {lowering!r} of type {type(lowering).__name__}. Derive its class from "
             "jax_ragged.Lowering and pass an instance."
         )
-    for primitive in _DEFINITIONS:
-        _register_platform(primitive, platform)
-    dispatch.register(platform, lowering)
+    for name in _ALIASES.get(platform, (platform,)):
+        for primitive in _DEFINITIONS:
+            _register_platform(primitive, name)
+        dispatch.register(name, lowering)
 
 
 def _register_platform(primitive: Primitive, platform: str) -> None:

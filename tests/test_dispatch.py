@@ -101,6 +101,29 @@ def test_only_a_lowering_is_registered() -> None:
         register_lowering("cpu", Lowering)  # type: ignore[arg-type]
 
 
+def test_a_platform_is_a_name() -> None:
+    with pytest.raises(TypeError, match=r"^register_lowering: platform must be the name.*None"):
+        register_lowering(None, Lowering())  # type: ignore[arg-type]
+
+
+def test_gpu_is_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for JAX, where "gpu" is the backend, and programs are lowered for one of three."""
+    monkeypatch.setattr(dispatch, "_LOWERINGS", dict(dispatch._LOWERINGS))
+    traced = jax.jit(ragged_attention).trace(*SMALL.operands())
+
+    def scopes(platform: str) -> bool:
+        jax.clear_caches()
+        text = traced.lower(lowering_platforms=(platform,)).as_text(debug_info=True)
+        return f"ragged_attention_forward_{platform}_kernel" in text
+
+    gpus = ("cuda", "rocm", "oneapi")
+    assert not any(map(scopes, gpus))  # float32 has no kernel there
+    register_lowering("gpu", REFERENCE)
+    assert all(map(scopes, gpus))
+    register_lowering("cuda", Lowering())
+    assert [*map(scopes, gpus)] == [False, True, True]
+
+
 def test_unknown_platform() -> None:
     """JAX's own error; nothing is registered."""
     with pytest.raises(NotImplementedError, match="abacus"):
