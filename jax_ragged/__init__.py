@@ -2,6 +2,7 @@
 
 from jax_ragged._attention import ragged_attention, reference_ragged_attention
 from jax_ragged._caches import quantize_cache
+from jax_ragged._check_windows import check_windows
 from jax_ragged._costs import Costs, EquationCost, costs
 from jax_ragged._merge import merge_partials
 from jax_ragged._results import RaggedAttention
@@ -21,6 +22,7 @@ __all__ = [
     "Unsupported",
     "Windows",
     "__version__",
+    "check_windows",
     "costs",
     "merge_partials",
     "quantize_cache",
