@@ -226,11 +226,13 @@ def canonical(
 def quantize_cache(x: ArrayLike, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Quantises keys or values with a scale for each token and head.
 
-    The scale brings the largest element of a head to the largest number of dtype. Pass the two
+    The scale brings the largest element of a head to the largest number of dtype: with M for that
+    number, scale = max_d |x_d| / M, and the values are x / scale, rounded to nearest. Pass the two
     results as `key` and `key_scale`, or as `value` and `value_scale`.
 
     Args:
-      x: [..., D], such as the keys of new tokens [B, Hkv, D] or a whole cache [B, S, Hkv, D].
+      x: [..., D] in a float dtype, such as the keys of new tokens [B, Hkv, D] or a whole cache
+        [B, S, Hkv, D].
       dtype: int8, float8_e4m3fn or float8_e5m2.
 
     Returns:
@@ -238,7 +240,22 @@ def quantize_cache(x: ArrayLike, dtype: DTypeLike) -> tuple[jax.Array, jax.Array
       that `values * scale[..., None]` is near x. A head of zeros has the scale 0.
 
     Raises:
-      TypeError: if x is not of a float dtype, or dtype is none of the three.
+      TypeError: if x has no float dtype, or dtype is none of the three.
+      ValueError: if x has no dimension D, or D is 0.
+
+    Examples:
+      >>> import jax
+      >>> from jax_ragged import quantize_cache, ragged_attention
+      >>> query = jax.random.normal(jax.random.key(0), (2, 4, 16))
+      >>> cache = jax.random.normal(jax.random.key(1), (2, 8, 2, 16))
+      >>> values, scale = quantize_cache(cache, "int8")
+      >>> values.dtype, scale.shape
+      (dtype('int8'), (2, 8, 2))
+      >>> results = ragged_attention(
+      ...     query, values, values, lengths=[3, 5], key_scale=scale, value_scale=scale
+      ... )
+      >>> results.out.dtype
+      dtype('float32')
     """
     x = array("quantize_cache", "x", x)
     if x.ndim == 0 or x.shape[-1] == 0:

@@ -76,7 +76,7 @@ class EquationCost:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """The ragged attention equations of a program; `print` shows them as a table.
+    """The ragged attention equations of a program, as `costs` finds them; print shows a table.
 
     Attributes:
       equations: one for each equation, in the order of the program.
@@ -183,6 +183,19 @@ def costs(fn_or_jaxpr: Callable[..., Any] | Any, *args: Any) -> Costs:
 
     Raises:
       TypeError, ValueError: for arguments that do not fit, and for symbolic shapes.
+
+    Examples:
+      The windows hold 3 + 5 positions, of 2 heads with 16 elements of 4 bytes, in key and in
+      value: 2,048 bytes. Query and out have 1,024, and lengths, starts and statistics 76:
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax_ragged import costs, ragged_attention
+      >>> query = jax.ShapeDtypeStruct((2, 4, 16), "float32")
+      >>> cache = jax.ShapeDtypeStruct((2, 8, 2, 16), "float32")
+      >>> found = costs(ragged_attention, query, cache, cache, jnp.array([3, 5]))
+      >>> found.bytes, found.bytes_at_most
+      (3148, 5196)
     """
     if callable(fn_or_jaxpr):
         closed: Any = jax.make_jaxpr(fn_or_jaxpr)(*args)

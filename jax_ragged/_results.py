@@ -11,6 +11,10 @@ from jax_ragged.lowering._compat import forget_serialization
 class RaggedAttention(NamedTuple):
     """The results of ragged attention.
 
+    The log-sum-exp of the logits of a window that is not empty is
+    `max_logits + jnp.log(denominator)`. `out * denominator[..., None]` is the output before it is
+    normalised. `merge_partials` merges the results for parts of a window.
+
     Attributes:
       out: [B, (Q,) Hq, Dv] in `out_dtype`, by default the dtype of query: the normalised
         attention output.

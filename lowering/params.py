@@ -12,9 +12,11 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-# The max_logits of an empty window: 0.7 times the most negative float32, so that the
-# difference of two of them stays finite.
 DEFAULT_MASK_VALUE = -2.381976426469702e38
+"""The value of `max_logits` for an empty window, unless `mask_value` says otherwise.
+
+It is 0.7 times the most negative float32, so that the difference of two of them stays finite.
+"""
 
 Implementation = Literal["reference", "kernel"]
 CacheLayout = Literal["BSHD", "BHSD"]
