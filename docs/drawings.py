@@ -84,7 +84,7 @@ class Drawing:
         )
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self._height:g}" '
-            f'width="{1.4 * WIDTH:g}" height="{1.4 * self._height:g}" role="img">'
+            f'width="{1.2 * WIDTH:g}" height="{1.2 * self._height:g}" role="img">'
         )
         return "\n".join(
             (head, f"<title>{escape(self._title)}</title>", card, *self._parts, "</svg>", "")

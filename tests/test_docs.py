@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import pathlib
 import re
 import textwrap
@@ -11,17 +12,41 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import jax_ragged
 from benchmarks import sweeps
+from jax_ragged import primitives
 from jax_ragged.lowering import dispatch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("docs/**/*.ipynb")),
+]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 # An HTML comment before a block says why it is not run, for instance that it needs a TPU, or names
 # the code in the repository that it quotes.
 NOT_RUN = re.compile(r"<!-- (?:not run|quoted): .+? -->\s*\Z")
 # One at the top of a page names the packages of extras without which the page is not run.
 NEEDS = re.compile(r"\A<!-- needs: (.+?) -->")
+
+
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _text(page: pathlib.Path) -> str:
+    """The page in Markdown: of a notebook, the page that the site shows."""
+    text = page.read_text()
+    if page.suffix != ".ipynb":
+        return text
+    made: str = _script("hooks").notebook_page(json.loads(text))
+    return made
 
 
 class Block(NamedTuple):
@@ -62,7 +87,7 @@ def _id(page: pathlib.Path) -> str:
 
 
 # BUILD.md's code is for the TPU compiler and wants a process of its own: test_tpu_* compile so.
-RUN = [page for page in PAGES if page.name != "BUILD.md" and _blocks(page.read_text())]
+RUN = [page for page in PAGES if page.name != "BUILD.md" and _blocks(_text(page))]
 
 
 @pytest.mark.optimized
@@ -77,7 +102,7 @@ def test_code_runs_and_prints_what_the_page_says(
     # A page may register a lowering, which is not for the tests that follow.
     monkeypatch.setattr(dispatch, "_LOWERINGS", dict(dispatch._LOWERINGS))
     namespace: dict[str, object] = {"__name__": "page"}
-    for block in _blocks(page.read_text()):
+    for block in _blocks(_text(page)):
         # Blank lines in front, so that a traceback has the line of the page.
         code = compile("\n" * (block.line - 1) + block.code, page, "exec", dont_inherit=True)
         printed = io.StringIO()
@@ -87,18 +112,9 @@ def test_code_runs_and_prints_what_the_page_says(
             assert printed.getvalue().split() == block.printed.split(), f"{_id(page)}:{block.line}"
 
 
-def _script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("page", PAGES, ids=_id)
 def test_quotations_are_the_code(page: pathlib.Path) -> None:
-    text = page.read_text()
+    text = _text(page)
     assert text == _script("quotes").with_quotations(text), "python docs/quotes.py writes them anew"
 
 
@@ -117,6 +133,49 @@ def test_quotation_has_decorators_and_comments(
     assert written == "<!-- quoted: m.py y -->\n```python\ny = 2\n```\nend\n"
     with pytest.raises(ValueError, match="does not define z"):
         quotes.quotation("m.py", "z")
+
+
+def test_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    shown = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    public = {f"jax_ragged.{name}" for name in jax_ragged.__all__}
+    of_primitives = set(primitives.__all__) - set(jax_ragged.__all__)
+    public |= {f"jax_ragged.primitives.{name}" for name in of_primitives}
+    types = ("Operands", "Residuals", "ByOperand", "ByResult")
+    public |= {f"jax_ragged.lowering.contract.{name}" for name in types}
+    public.add("jax_ragged.lowering.params.RaggedAttentionParams")
+    assert shown == public
+
+
+def test_site_turns_links() -> None:
+    hooks = _script("hooks")
+    for page, link, wanted in (
+        ("index.md", "docs/caches.md#pages", "caches.md#pages"),
+        ("index.md", "LICENSE", "source/LICENSE.md"),
+        ("caches.md", "costs.md", "costs.md"),
+        ("caches.md", "drawings/dense.svg", "drawings/dense.svg"),
+        ("architecture.md", "../BUILD.md", "building.md"),
+        ("contributing.md", "docs/notebook.ipynb", "notebook.md"),
+        ("measurements/cpu.md", "../../README.md", "../index.md"),
+        ("measurements/cpu.md", "../../tests/oracle.py", "../source/tests/oracle.py.md"),
+        ("caches.md", "https://keepachangelog.com", "https://keepachangelog.com"),
+        ("caches.md", "#pages", "#pages"),
+    ):
+        text = f"A [link]({link})."
+        assert hooks.with_site_links(text, page) == f"A [link]({wanted})."
+        code = f"```text\n{text}\n```"
+        assert hooks.with_site_links(code, page) == code
+    assert hooks.with_site_links('<img src="docs/cpu.png">', "index.md") == '<img src="cpu.png">'
+    assert hooks.linked_sources("[a](../tests/oracle.py) [b](../BUILD.md)", "caches.md") == {
+        "tests/oracle.py"
+    }
+
+
+def test_site_has_every_page() -> None:
+    config = (ROOT / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"^ +- .*: (\S+\.md)$", config, re.MULTILINE))
+    hooks = _script("hooks")
+    assert listed == {hooks.site_path(_id(page)) for page in PAGES}
 
 
 def test_drawings_are_those_of_the_script() -> None:
@@ -141,12 +200,13 @@ def test_picture_of_cpus_has_tables_on_the_page() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=_id)
 def test_links_resolve(page: pathlib.Path) -> None:
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page.read_text())):
+    prose = _prose(_text(page))
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'src="(.+?)"', prose):
         if re.match(r"https?://", target):
             continue
         path, _, anchor = target.partition("#")
         file = page.parent / path if path else page
-        if not file.exists() or (anchor and anchor not in _anchors(file.read_text())):
+        if not file.exists() or (anchor and anchor not in _anchors(_text(file))):
             broken.append(target)
     assert not broken
 
@@ -155,7 +215,7 @@ def test_links_resolve(page: pathlib.Path) -> None:
 def test_files_named_in_a_page_exist(page: pathlib.Path) -> None:
     named = re.findall(
         r"\b((?:docs|tests|benchmarks|examples|jax_ragged|primitives|lowering)/[\w./-]+\.\w+)",
-        page.read_text(),
+        _text(page),
     )
     assert not [path for path in named if not (ROOT / path).exists()]
 
@@ -201,7 +261,7 @@ def test_page_of_the_tests_itself_is_read() -> None:
 
 def test_prose_names_things() -> None:
     """Nouns in place of "what" and "that of": at most one each in 1,000 words of the pages."""
-    text = "\n".join(_prose(page.read_text()) for page in PAGES)
+    text = "\n".join(_prose(_text(page)) for page in PAGES)
     words = len(re.findall(r"[A-Za-z']+", text))
     for habit in (r"\bwhat\b", r"\b(?:that|those) of\b"):
         found = re.findall(rf".*{habit}.*", text, re.IGNORECASE)
