@@ -50,6 +50,12 @@ def windows_from_mask(mask: ArrayLike) -> Windows:
     Raises:
       TypeError: for a mask of floats, which is one to add to the logits.
       ValueError: for a mask without an axis, or a mask of known elements that has a gap.
+
+    Examples:
+      >>> from jax_ragged import windows_from_mask
+      >>> windows = windows_from_mask([[True, True, True, False], [False, False, True, True]])
+      >>> print(windows.lengths, windows.starts)
+      [3 4] [0 2]
     """
     if not isinstance(mask, jax.Array | np.ndarray):
         mask = jnp.asarray(mask)
