@@ -7,6 +7,8 @@ runs what a GPU takes.
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import oracle
 from cases import Case, Operands, assert_close, poison, tolerance
@@ -80,6 +83,9 @@ DERIVED = (
     Case("causal", **_causal(200, 1000), Hq=4, Hkv=2, **_sizes(D=128, Dv=128)),
     Case("sliding", **_causal(300, 100), Hq=4, **_SIZES, softmax_scale=-0.3, logits_soft_cap=2.0),
     Case("causal_half", **_causal(100, 100), Hkv=4, **_sizes(Dv=128, dtype="float16")),
+    # Rows of the cache that begin in the middle of the copy engine's tiles.
+    Case("joined", (300, 7, 0, 290), (1, 0, 0, 40), Hq=8, Hkv=2, S=300, **_SIZES),
+    Case("joined_causal", **_causal(100, 70) | {"S": 100}, Hq=4, Hkv=2, **_sizes(D=128, Dv=128)),
     Case("causal_wide", **_causal(100, 90), **_sizes(D=256, Dv=256)),
 )
 
@@ -138,6 +144,9 @@ class TestLowered:
             # A kernel for each gradient of the cache: registers do not hold both.
             pytest.param({"D": 256, "Dv": 128}, 2, 1, marks=pytest.mark.full),
             ({"D": 256, "Dv": 256, "Q": 100}, 3, 1),
+            # A row of the cache may begin anywhere, as long as B * S is a multiple of 8.
+            ({"D": 128, "Dv": 128, "S": 4100}, 2, 1),
+            pytest.param({"D": 64, "Dv": 64, "S": 4100, "Q": 100}, 2, 1, marks=pytest.mark.full),
         ],
     )
     def test_kernels_alone_and_no_copy_of_the_cache(
@@ -174,7 +183,7 @@ class TestLowered:
         ("D", "Dv"), [(16, 16), (80, 80), (96, 112), (192, 128), (224, 48), (240, 240)]
     )
     def test_head_dimensions(self, Q: int, D: int, Dv: int) -> None:
-        """Any multiple of 16, and any S: one that is no multiple of 8 is padded."""
+        """Any multiple of 16, and any S: the cache is padded if B * S is no multiple of 8."""
         case = Case("", (70, 1000), Q=Q, Hq=8, S=1003, D=D, Dv=Dv, dtype="float16")
         residuals, bars, dots = _types(case)
         plan = derivatives.plan_of(residuals, _PARAMS)
@@ -229,6 +238,43 @@ class TestLowered:
         text = _lowered(jax.grad(loss, (0, 1, 2)), *operands)
         assert _kernels(text) >= 3
         assert "stablehlo.dot_general" not in text
+
+    @pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["rows", "heads"])
+    @pytest.mark.parametrize("Q", [1, 100])
+    def test_sharded_gradients(self, Q: int, shape: tuple[int, int]) -> None:
+        """Each device has the kernels of its rows or heads, and nothing is sent to another."""
+        devices = np.array(jax.devices("cpu")[:2]).reshape(shape)
+        mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+        case = Case("", (70, 1000), Q=Q, Hq=8, Hkv=2, S=1000, D=64, Dv=64, dtype="bfloat16")
+        residuals, bars, _ = _types(case)
+        rows, cache, windows = P("data", None, "model"), P("data", None, "model"), P("data")
+
+        def gradients(query: Any, key: Any, value: Any, out_bar: Any, *windows: Any) -> Any:
+            op: Any = functools.partial(ragged_attention, implementation="kernel")
+            return jax.vjp(lambda *x: op(*x, *windows).out, query, key, value)[1](out_bar)
+
+        placed = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+            for x, spec in zip(
+                (*residuals[:3], bars.out, *residuals[3:5]),
+                (rows, cache, cache, rows, windows, windows),
+                strict=True,
+            )
+        ]
+        with jax.set_mesh(mesh):
+            text = _lowered(gradients, *placed)
+        kernels = [line for line in text.splitlines() if "@mosaic_gpu_v2" in line]
+        assert len(kernels) >= 3
+        # The kernels see shards: arrays of positions have half of the cache's elements.
+        shard = case.B * case.S * case.Hkv * case.D // 2
+        dims = re.findall(r"tensor<((?:\d+x)+)bf16>", "".join(kernels))
+        sizes = [math.prod(int(n) for n in x.split("x") if n) for x in dims]
+        assert [size for size in sizes if size >= 2 * shard] == []
+        # Forward and backward read both arrays, and the gradients are written.
+        assert len([size for size in sizes if size == shard]) >= 6
+        assert re.findall(r"all_gather|all_reduce|all_to_all|permute|scatter|reshard", text) == []
+        moves = ("pad", "concatenate", "convert", "slice", "dynamic_slice", "transpose")
+        assert [line for size, line in emitted(text, *moves) if size >= shard] == []
 
 
 class TestUnsupported:
@@ -286,6 +332,8 @@ class TestInterpreted:
                 Case("large", (37, 20, 5), (30, 3, 0), S=40, **_SIZES, logit_size=64.0),
                 marks=pytest.mark.full,
             ),
+            # Rows of the cache that begin in the middle of a block and of the copy engine's tiles.
+            Case("joined", (52, 3, 0, 51), (1, 0, 0, 40), S=52, **_SIZES),
             # Tiles of one head each.
             Case("tiles", **_causal(72, 40, rows=1), Hq=2, Hkv=1, **_SIZES, softmax_scale=-0.5),
         ],

@@ -15,7 +15,8 @@ operands of the products, from registers:
 
 The sums run over queries and heads in float32 and are rounded once. No product contracts over
 positions, so a NaN outside the windows stays in its own position, where p and s_bar are selected
-to be 0.
+to be 0. Positions are those of the cache with its rows joined, so a CTA may own the end of one row
+and the start of the next: the tiles of both touch its positions, each inside its own windows.
 """
 
 import dataclasses
@@ -40,7 +41,9 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     LOW,
     SCALARS,
     DerivativePlan,
+    statistics,
 )
+from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
 
 # A statistic of query rows, which run along the columns of the logits.
@@ -82,9 +85,7 @@ class CacheTask:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of the statistics [64] of a tile."""
-        if not self.needs_key:
-            return ("log_sum",)
-        return ("log_sum", "delta", "t_star", "at_max_bar") if self.at_max else ("log_sum", "delta")
+        return statistics(self.at_max) if self.needs_key else ("log_sum",)
 
     def inputs(self, windows: jax.Array, operands: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The operands of the kernel, by name."""
@@ -94,7 +95,9 @@ class CacheTask:
     def scratch_of_statistics(self, *shape: int) -> dict[str, Any]:
         """Shared memory for the statistics, each [*shape, 64]."""
         return {
-            name: plgpu.SMEM((*shape, WGMMA_ROWS), jnp.int32 if name == "t_star" else jnp.float32)
+            f"{name}_tile": plgpu.SMEM(
+                (*shape, WGMMA_ROWS), jnp.int32 if name == "t_star" else jnp.float32
+            )
             for name in self.statistics
         }
 
@@ -117,19 +120,26 @@ def tasks(plan: DerivativePlan, wrt: ByOperand[Any], at_max: bool) -> list[Cache
     return [task for task in both if task.results]
 
 
+def _ctas_of_row(plan: DerivativePlan) -> int:
+    """CTAs of one head for each row of the cache; they divide all positions evenly."""
+    return -(-plan.positions // (plan.B * positions(plan)))
+
+
 def spans(plan: DerivativePlan, windows: jax.Array) -> jax.Array:
     """The first tile that touches the positions of each CTA, and the one after the last.
 
-    i32 [B, positions / those of a CTA, 2], from windows i32 [B, tiles, 3, 64].
+    Tiles are counted through all rows. i32 [CTAs of one head, 2], from windows i32
+    [B, tiles, 3, 64].
     """
-    low, high = windows[:, :, LOW], windows[:, :, HIGH]
-    first = jnp.where(high > low, low, plan.S).min(axis=2)[:, None]  # [B, 1, tiles]
-    last = high.max(axis=2)[:, None]
-    begin = jnp.arange(0, plan.S, positions(plan), dtype=jnp.int32)[None, :, None]
-    touches = (first < begin + positions(plan)) & (last > begin)
-    tile = jnp.arange(plan.tiles, dtype=jnp.int32)
-    after = jnp.where(touches, tile + 1, 0).max(axis=2)
-    return jnp.stack([jnp.where(touches, tile, plan.tiles).min(axis=2), after], axis=2)
+    low, high = (windows[:, :, i].reshape(-1, WGMMA_ROWS) for i in (LOW, HIGH))
+    first = jnp.where(high > low, low, plan.positions).min(axis=1)
+    last = high.max(axis=1)
+    own = positions(plan)
+    begin = own * jnp.arange(_ctas_of_row(plan) * plan.B, dtype=jnp.int32)[:, None]
+    touches = (first < begin + own) & (last > begin)
+    tile = jnp.arange(plan.B * plan.tiles, dtype=jnp.int32)
+    after = jnp.where(touches, tile + 1, 0).max(axis=1)
+    return jnp.stack([jnp.where(touches, tile, tile.size).min(axis=1), after], axis=1)
 
 
 def run(
@@ -139,38 +149,32 @@ def run(
     operands: Mapping[str, jax.Array],
     interpret: Any = None,
 ) -> dict[str, jax.Array]:
-    """The gradients that the task asks for, [B, S, Hkv, D or Dv], by name.
+    """The gradients that the task asks for, [positions, Hkv, D or Dv], by name.
 
     Args:
       plan: of the call.
       task: what to compute.
       windows: i32 [B, tiles, 3, 64], of `derivative_plan.windows`.
-      operands: by name, query [B, R, H, D], out_bar [B, R, H, Dv], key [B, S, Hkv, D],
-        value [B, S, Hkv, Dv], and the statistics [B, H, tiles, 64] that the task has.
+      operands: by name, query of `shape_of_rows(D)`, out_bar of `shape_of_rows(Dv)`,
+        key [positions, Hkv, D], value [positions, Hkv, Dv], and the statistics
+        [B, H, tiles, 64] that the task has.
       interpret: for JAX's interpreter.
     """
-    inputs = {"spans": spans(plan, windows)} | task.inputs(windows, operands)
-    ctas = -(-plan.S // positions(plan))
     results = {
         f"{name}_bar": jax.ShapeDtypeStruct(operands[name].shape, dtype)
         for name, dtype in task.results.items()
     }
-    names = (*inputs, *results)
-    outputs = plgpu.kernel(
-        lambda *refs, **scratch: _kernel(
-            plan, task, dict(zip(names, refs, strict=True)), **scratch
-        ),
-        out_type=list(results.values()),
-        scratch_types=_scratch(plan, task),
-        grid=(ctas * plan.B * plan.Hkv,),
-        grid_names=("cta",),
-        num_threads=_warpgroups(plan) + 1,
-        thread_name="wg",
-        kernel_name="ragged_attention_cache_cotangents",
-        compiler_params=blocks.COMPILER_PARAMS,
+    made = launch(
+        functools.partial(_kernel, plan, task),
+        name="ragged_attention_cache_cotangents",
+        ctas=_ctas_of_row(plan) * plan.B * plan.Hkv,
+        warpgroups=_warpgroups(plan) + 1,
+        inputs={"spans": spans(plan, windows)} | task.inputs(windows, operands),
+        results=results,
+        scratch=_scratch(plan, task),
         interpret=interpret,
-    )(*inputs.values())
-    return dict(zip(task.results, outputs, strict=True))
+    )
+    return {name: made[f"{name}_bar"] for name in task.results}
 
 
 def _used(plan: DerivativePlan, task: CacheTask) -> tuple[int, int]:
@@ -200,11 +204,11 @@ def _scratch(plan: DerivativePlan, task: CacheTask) -> dict[str, Any]:
     wgs, stages = _warpgroups(plan), _stages(plan, task)
     widths = {"key": plan.D, "value": plan.Dv}
     scratch = {
-        "key": blocks.swizzled((wgs, WGMMA_ROWS, plan.D), plan.dtype),
-        "value": blocks.swizzled((wgs, WGMMA_ROWS, plan.Dv), plan.dtype),
-        "query": blocks.swizzled((stages, WGMMA_ROWS, plan.D), plan.dtype),
-        "out_bar": blocks.swizzled((stages, WGMMA_ROWS, plan.Dv), plan.dtype),
-        "windows": plgpu.SMEM((stages, 3, WGMMA_ROWS), jnp.int32),
+        "key_block": shared_rows((wgs, WGMMA_ROWS, plan.D), plan.dtype),
+        "value_block": shared_rows((wgs, WGMMA_ROWS, plan.Dv), plan.dtype),
+        "query_tile": shared_rows((stages, WGMMA_ROWS, plan.D), plan.dtype),
+        "out_bar_tile": shared_rows((stages, WGMMA_ROWS, plan.Dv), plan.dtype),
+        "windows_tile": plgpu.SMEM((stages, 3, WGMMA_ROWS), jnp.int32),
         **task.scratch_of_statistics(stages),
         "cache_full": plgpu.Barrier(num_arrivals=2, num_barriers=wgs),
         "tile_full": plgpu.Barrier(num_arrivals=len(task.tile), num_barriers=stages),
@@ -213,7 +217,7 @@ def _scratch(plan: DerivativePlan, task: CacheTask) -> dict[str, Any]:
     for name, dtype in task.results.items():
         # Each gradient of the same shape and dtype shares the first's staging.
         shape = (wgs, WGMMA_ROWS, plan.chunk(widths[name], dtype))
-        scratch.setdefault(_staging(plan, task, name), blocks.swizzled(shape, dtype))
+        scratch.setdefault(_staging(plan, task, name), shared_rows(shape, dtype))
     return scratch
 
 
@@ -228,14 +232,13 @@ class _CacheWork:
     """What a CTA has to do.
 
     Attributes:
-      b, kv_head: the row of the cache and its head.
+      kv_head: the head of the cache.
       first: the first position.
-      tile: the first tile that touches the positions.
+      tile: the first tile that touches the positions, counted through all rows.
       tiles: how many tiles of each head do.
       count: of tiles of all heads of the group.
     """
 
-    b: Any
     kv_head: Any
     first: Any
     tile: Any
@@ -244,95 +247,103 @@ class _CacheWork:
 
     @classmethod
     def of(cls, plan: DerivativePlan, spans_ref: Any, cta: Any) -> "_CacheWork":
-        """The first positions come first: more causal windows reach them."""
+        """The first positions of each row come first: more causal windows reach them."""
         cta, kv_head = lax.div(cta, plan.Hkv), lax.rem(cta, plan.Hkv)
-        number, b = lax.div(cta, plan.B), lax.rem(cta, plan.B)
-        tile = spans_ref[b, number, 0]
-        tiles = jnp.maximum(spans_ref[b, number, 1] - tile, 0)
-        return cls(b, kv_head, number * positions(plan), tile, tiles, tiles * plan.group)
+        number = lax.rem(cta, plan.B) * _ctas_of_row(plan) + lax.div(cta, plan.B)
+        tile = spans_ref[number, 0]
+        tiles = jnp.maximum(spans_ref[number, 1] - tile, 0)
+        return cls(kv_head, number * positions(plan), tile, tiles, tiles * plan.group)
 
 
-def _kernel(plan: DerivativePlan, task: CacheTask, refs: Mapping[str, Any], **scratch: Any) -> None:
-    work = _CacheWork.of(plan, refs["spans"], lax.axis_index("cta"))
-    wg = lax.axis_index("wg")
-
-    @pl.when(wg == _warpgroups(plan))
-    def _() -> None:
-        plgpu.set_max_registers(24, action="decrease")
-        pl.when(work.count > 0)(functools.partial(_copy, plan, task, refs, work, scratch))
-
-    @pl.when(wg < _warpgroups(plan))
-    def _() -> None:
-        plgpu.set_max_registers(240, action="increase")
-        _compute(plan, task, refs, work, wg, scratch)
+def _kernel(plan: DerivativePlan, task: CacheTask, refs: Refs) -> None:
+    work = _CacheWork.of(plan, refs.spans, lax.axis_index("cta"))
+    blocks.copy_and_compute(
+        _warpgroups(plan),
+        work.count > 0,
+        functools.partial(_copy, plan, task, refs, work),
+        functools.partial(_compute, plan, task, refs, work),
+    )
 
 
-def _copy(
-    plan: DerivativePlan,
-    task: CacheTask,
-    refs: Mapping[str, Any],
-    work: _CacheWork,
-    scratch: Mapping[str, Any],
-) -> None:
+def _copy(plan: DerivativePlan, task: CacheTask, refs: Refs, work: _CacheWork) -> None:
     """Starts the copies of the CTA's positions and then of the tiles."""
     for i in range(_warpgroups(plan)):
-        first = pl.multiple_of(work.first + i * WGMMA_ROWS, WGMMA_ROWS)
+        rows = _rows(work.first + i * WGMMA_ROWS)
         for name in ("key", "value"):
-            source = refs[name].at[work.b, pl.ds(first, WGMMA_ROWS), work.kv_head]
-            plgpu.copy_gmem_to_smem(source, scratch[name].at[i], scratch["cache_full"].at[i])
+            source, to = refs[name].at[rows, work.kv_head], refs[f"{name}_block"].at[i]
+            plgpu.copy_gmem_to_smem(source, to, refs.cache_full.at[i])
 
     def start(i: Any, slot: Any) -> None:
         head = work.kv_head * plan.group + lax.div(i, work.tiles)
-        number = work.tile + lax.rem(i, work.tiles)
-        rows = pl.ds(pl.multiple_of(number * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)
-        places = {
-            "query": (work.b, rows, head),
-            "out_bar": (work.b, rows, head),
-            "windows": (work.b, number),
-        }
-        for name in task.tile:
-            source = refs[name].at[places.get(name, (work.b, head, number))]
-            plgpu.copy_gmem_to_smem(source, scratch[name].at[slot], scratch["tile_full"].at[slot])
+        tile = work.tile + lax.rem(i, work.tiles)
+        b, tile = lax.div(tile, plan.tiles), lax.rem(tile, plan.tiles)
+        copy_tile(plan, task, refs, (b, head, tile), refs.tile_full.at[slot], slot)
 
-    blocks.copy_ahead(work.count, _stages(plan, task), [scratch["tile_free"]], start)
+    blocks.copy_ahead(work.count, _stages(plan, task), [refs.tile_free], start)
 
 
-def _compute(
+def _rows(first: Any) -> Any:
+    return pl.ds(pl.multiple_of(first, WGMMA_ROWS), WGMMA_ROWS)
+
+
+def copy_tile(
     plan: DerivativePlan,
     task: CacheTask,
-    refs: Mapping[str, Any],
-    work: _CacheWork,
-    wg: Any,
-    scratch: Mapping[str, Any],
+    refs: Refs,
+    place: tuple[Any, Any, Any],
+    full: Any,
+    *slot: Any,
 ) -> None:
+    """Starts the copies of a tile's arrays to the refs of `tile_refs`.
+
+    Args:
+      plan: of the call.
+      task: what to compute.
+      refs: of the kernel.
+      place: the row of the cache, the head, and the number of the tile.
+      full: the barrier at which each arrives.
+      slot: which of several tiles in shared memory.
+    """
+    b, head, tile = place
+    rows = plan.at(b, _rows(tile * WGMMA_ROWS), head)
+    places = {"query": rows, "out_bar": rows, "windows": (b, tile)}
+    for name, to in tile_refs(task, refs, *slot).items():
+        plgpu.copy_gmem_to_smem(refs[name].at[places.get(name, place)], to, full)
+
+
+def tile_refs(task: CacheTask, refs: Refs, *slot: Any) -> dict[str, Any]:
+    """The arrays of a tile in shared memory, by name."""
+    return {name: refs[f"{name}_tile"].at[slot] for name in task.tile}
+
+
+def _compute(plan: DerivativePlan, task: CacheTask, refs: Refs, work: _CacheWork, wg: Any) -> None:
     first = work.first + wg * WGMMA_ROWS
     stages = _stages(plan, task)
-    pl.when(work.count > 0)(lambda: plgpu.barrier_wait(scratch["cache_full"].at[wg]))
+    pl.when(work.count > 0)(lambda: plgpu.barrier_wait(refs.cache_full.at[wg]))
     widths = {"key": plan.D, "value": plan.Dv}
 
-    def tile(i: Any, state: Any) -> Any:
+    def step(i: Any, state: Any) -> Any:
         slot = lax.rem(i, stages)
-        plgpu.barrier_wait(scratch["tile_full"].at[slot])
-        refs_of_tile = {name: scratch[name].at[slot] for name in task.tile}
-        key_ref, value_ref = (scratch[name].at[wg] for name in ("key", "value"))
-        left = weights(plan, task, key_ref, value_ref, refs_of_tile, first)
-        right = {"key": refs_of_tile["query"], "value": refs_of_tile["out_bar"]}
+        plgpu.barrier_wait(refs.tile_full.at[slot])
+        tile = tile_refs(task, refs, slot)
+        key_ref, value_ref = refs.key_block.at[wg], refs.value_block.at[wg]
+        left = weights(plan, task, key_ref, value_ref, tile, first)
+        right = {"key": tile["query"], "value": tile["out_bar"]}
         terms = [(state[name], left[name], right[name]) for name in task.results]
         state = dict(zip(task.results, blocks.accumulate(*terms), strict=True))
-        plgpu.barrier_arrive(scratch["tile_free"].at[slot])
+        plgpu.barrier_arrive(refs.tile_free.at[slot])
         return state
 
     zeros = {
         name: blocks.accumulators(widths[name], plan.chunk(widths[name], dtype))
         for name, dtype in task.results.items()
     }
-    sums = lax.fori_loop(0, work.count, tile, zeros)
-    rows = pl.ds(pl.multiple_of(first, WGMMA_ROWS), WGMMA_ROWS)
+    sums = lax.fori_loop(0, work.count, step, zeros)
     for name, chunks in sums.items():
         if name == "key":
             chunks = tuple(x * plan.params.softmax_scale for x in chunks)
-        ref = refs[f"{name}_bar"].at[work.b, rows, work.kv_head]
-        blocks.store(scratch[_staging(plan, task, name)].at[wg], chunks, ref)
+        ref = refs[f"{name}_bar"].at[_rows(first), work.kv_head]
+        blocks.store(refs[_staging(plan, task, name)].at[wg], chunks, ref)
     plgpu.wait_smem_to_gmem(0)
 
 

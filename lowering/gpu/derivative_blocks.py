@@ -14,27 +14,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
-from jax_ragged.lowering.gpu.derivative_plan import LOG2_E, DerivativePlan, tile_bytes
-from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS
+from jax_ragged.lowering.gpu import softmax
+from jax_ragged.lowering.gpu.derivative_plan import DerivativePlan
+from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
 
 LAYOUT = plgpu.Layout.WGMMA
-COMPILER_PARAMS = plgpu.CompilerParams(
-    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-)
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any, like: int | None = None) -> Any:
-    """Shared memory as the copy engine fills it and matrix products read it.
+def copy_and_compute(
+    warpgroups: int, busy: Any, copy: Callable[[], None], compute: Callable[[Any], None]
+) -> None:
+    """Runs `compute` in so many warpgroups of a CTA, and `copy`, if there is work, in one more."""
+    wg = lax.axis_index("wg")
 
-    Both operands of a product have tiles of the same width: `like` so many columns, if it is not
-    that of the array's own.
-    """
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = tile_bytes(shape[-1] if like is None else like, itemsize)
-    tile = (SWIZZLE_ROWS, swizzle // itemsize)
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle))
-    )
+    @pl.when(wg == warpgroups)
+    def _() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+        pl.when(busy)(copy)
+
+    @pl.when(wg < warpgroups)
+    def _() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        compute(wg)
 
 
 def zeros(shape: tuple[int, ...]) -> jax.Array:
@@ -95,12 +96,12 @@ def positions(first: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
 
 def logits(plan: DerivativePlan, s: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """z / log 2, computed from <q, k> as the forward does, and dz/ds; None stands for 1."""
-    scale, cap = plan.params.softmax_scale, plan.params.logits_soft_cap
+    cap = plan.params.logits_soft_cap
     if cap is None:
-        return s * (scale * LOG2_E), None
-    # tanh x = 1 - 2 r and 1 - tanh^2 x = 4 r (1 - r) with r = 1 / (exp(2 x) + 1)
-    r = 1 / (jnp.exp2(s * (2 * scale / cap * LOG2_E)) + 1)
-    return cap * LOG2_E - (2 * cap * LOG2_E) * r, 4 * r * (1 - r)
+        return softmax.logits(plan.params, s), None
+    # tanh x = 1 - 2 r, so 1 - tanh^2 x = 4 r (1 - r).
+    r = softmax.cap_remainder(plan.params, s)
+    return softmax.capped(cap, r), 4 * r * (1 - r)
 
 
 def probabilities(

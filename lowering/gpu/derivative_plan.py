@@ -2,9 +2,11 @@
 
 A *query row* is one row of the logits: one query and one query head. With many queries, the
 kernels take the operands as they are: the query rows of one query head, [B, Q, Hq, D]. With few,
-the G query heads that share a key head become G queries of that key head, [B, Q * G, Hkv, D], so
-that one tile holds them all ("packed"). After that step both are the same problem: R query rows
-of H heads, of which every `group` heads share a key head.
+the G query heads that share a key head become G queries of that key head, [B, Hkv, Q * G, D], so
+that one tile holds them all ("packed"); with one query that moves nothing. After that step both are
+the same problem: R query rows of H heads, of which every `group` heads share a key head.
+
+Positions are counted in the cache with its rows joined, [B * S, Hkv, D], as in the forward.
 
                      positions of the cache, in blocks
                   +-----+-----+-----+-----+-----+
@@ -19,16 +21,17 @@ is where all its windows overlap. A hull is *solid* if no position in it lies ou
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jax_ragged.lowering.gpu.launch import padded, swizzle_columns
 from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS, ceil_to
+from jax_ragged.lowering.gpu.softmax import LOG2_E
 from jax_ragged.lowering.params import RaggedAttentionParams
 
-LOG2_E = math.log2(math.e)
 # Head dimensions of key and value, added, up to which two computing warpgroups fit in a CTA.
 _TWO_TILES = 256
 # Multiprocessors of an H100 or H200; any number is right.
@@ -37,17 +40,11 @@ MULTIPROCESSORS = 132
 _FEW_QUERIES = WGMMA_ROWS
 
 
-def tile_bytes(columns: int, itemsize: int) -> int:
-    """The bytes of a row of a tile of shared memory: the widest of which whole ones fit."""
-    return max(n for n in (32, 64, 128) if columns * itemsize % n == 0)
-
-
 @dataclasses.dataclass(frozen=True)
 class DerivativePlan:
     """Everything static about the derivatives of one call.
 
     Attributes:
-      S: positions of a row of the cache, in whole tiles of the copy engine.
       block: positions of the cache that a row kernel reads in one step.
       warpgroups: computing warpgroups of a CTA.
       stretch: blocks of a tile's hull that one CTA of a row kernel reads at most.
@@ -95,8 +92,22 @@ class DerivativePlan:
 
     @property
     def R(self) -> int:
-        """Query rows of one head, in whole tiles of the copy engine."""
-        return ceil_to(self.rows, SWIZZLE_ROWS)
+        """Query rows of one head in whole tiles of the copy engine, or fewer than one has."""
+        return self.rows if self.rows < SWIZZLE_ROWS else ceil_to(self.rows, SWIZZLE_ROWS)
+
+    def shape_of_rows(self, columns: int) -> tuple[int, ...]:
+        """Of operands of query rows: [B, H, R, columns] if packed, else [B, R, H, columns]."""
+        rows = (self.H, self.R) if self.packed else (self.R, self.H)
+        return (self.B, *rows, columns)
+
+    def at(self, b: Any, rows: Any, head: Any) -> tuple[Any, Any, Any]:
+        """The place of query rows in such an operand."""
+        return (b, head, rows) if self.packed else (b, rows, head)
+
+    @property
+    def positions(self) -> int:
+        """Positions of the cache with its rows joined, in whole tiles of the copy engine."""
+        return ceil_to(self.B * self.S, SWIZZLE_ROWS)
 
     @property
     def wide(self) -> bool:
@@ -109,8 +120,7 @@ class DerivativePlan:
         They are whole tiles of the operand in shared memory that they are multiplied from.
         """
         most = 64 if self.wide or jnp.dtype(dtype).itemsize > 2 else 128
-        itemsize = self.dtype.itemsize
-        tile = tile_bytes(columns, itemsize) // itemsize
+        tile = swizzle_columns(columns, self.dtype) if columns else 1
         sizes = (n for n in range(tile, most + 1, tile) if columns % n == 0)
         return max(sizes, default=0)
 
@@ -144,7 +154,7 @@ def make_plan(
 ) -> DerivativePlan:
     """The plan for query [B, Q, Hq, D], key [B, S, Hkv, D] and value [B, S, Hkv, Dv]."""
     B, Q, Hq, D = query.shape
-    S, Hkv, Dv = ceil_to(key.shape[1], SWIZZLE_ROWS), key.shape[2], value.shape[3]
+    S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
     block = WGMMA_ROWS
     blocks = -(-S // block) + 1
     warpgroups = 2 if D + Dv <= _TWO_TILES else 1
@@ -161,33 +171,34 @@ def make_plan(
 
 
 def fold(plan: DerivativePlan, x: jax.Array) -> jax.Array:
-    """[B, Q, Hq, ...] to the kernels' [B, R, H, ...], padded with zeros."""
-    if plan.packed and plan.G > 1:
-        x = x.reshape(plan.B, plan.Q, plan.Hkv, plan.G, *x.shape[3:])
-        x = jnp.swapaxes(x, 2, 3).reshape(plan.B, plan.rows, plan.H, *x.shape[4:])
-    return _pad_rows(x, 1, plan.R)
+    """[B, Q, Hq, n] to the kernels' [B, R, H, n] or [B, H, R, n], padded with zeros."""
+    return padded(_packed(plan, x), 2 if plan.packed else 1, plan.R)
 
 
-def pad_cache(plan: DerivativePlan, x: jax.Array) -> jax.Array:
-    """[B, S, Hkv, ...] with S rounded up to whole tiles: a copy, only where it is not whole."""
-    return _pad_rows(x, 1, plan.S)
+def _packed(plan: DerivativePlan, x: jax.Array) -> jax.Array:
+    """[B, Q, Hq, ...] to [B, H, Q * G, ...] if packed."""
+    if not plan.packed:
+        return x
+    x = x.reshape(plan.B, plan.Q, plan.Hkv, plan.G, *x.shape[3:])
+    return jnp.swapaxes(x, 1, 2).reshape(plan.B, plan.H, plan.rows, *x.shape[4:])
 
 
 def unfold(plan: DerivativePlan, x: jax.Array) -> jax.Array:
-    """The kernels' [B, R or more, H, ...] to [B, Q, Hq, ...]."""
-    x = x[:, : plan.rows]
-    if plan.packed and plan.G > 1:
-        x = x.reshape(plan.B, plan.Q, plan.G, plan.Hkv, *x.shape[3:])
-        x = jnp.swapaxes(x, 2, 3).reshape(plan.B, plan.Q, plan.Hq, *x.shape[4:])
-    return x
+    """The kernels' layout, with R or more query rows, to [B, Q, Hq, ...]."""
+    if not plan.packed:
+        return x[:, : plan.rows]
+    x = x[:, :, : plan.rows].reshape(plan.B, plan.Hkv, plan.Q, plan.G, *x.shape[3:])
+    return jnp.swapaxes(x, 1, 2).reshape(plan.B, plan.Q, plan.Hq, *x.shape[4:])
 
 
-def _pad_rows(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
-    """Pads one axis to a size."""
-    if x.shape[axis] == size:
-        return x
-    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, widths, constant_values=value)
+def join_rows(plan: DerivativePlan, x: jax.Array) -> jax.Array:
+    """[B, S, Hkv, n] to [positions, Hkv, n]: a copy only if B * S is no multiple of 8."""
+    return padded(x.reshape(-1, *x.shape[2:]), 0, plan.positions)
+
+
+def split_rows(plan: DerivativePlan, x: jax.Array) -> jax.Array:
+    """The inverse of `join_rows`."""
+    return x[: plan.B * plan.S].reshape(plan.B, plan.S, *x.shape[1:])
 
 
 # Lines of the table of windows of a tile, i32 [3, 64], and places in the last of them.
@@ -200,44 +211,62 @@ def windows(plan: DerivativePlan, lengths: jax.Array, starts: jax.Array) -> jax.
 
     An empty window is (0, 0). The hull is that of all tiles that a CTA of a row kernel has.
     """
+    row = plan.S * jnp.arange(plan.B, dtype=jnp.int32)[:, None]
+    low, high = jnp.maximum(starts, 0), jnp.minimum(lengths, plan.S)
+    filled = high > low
+    low, high = (jnp.where(filled, x + row, 0) for x in (low, high))
+    return _same_windows(plan, low, high) if plan.Q == 1 else _windows(plan, low, high)
+
+
+def _same_windows(plan: DerivativePlan, low: jax.Array, high: jax.Array) -> jax.Array:
+    """The table where all query rows of a tile have one window: one operation for XLA."""
+    source = np.full((3, WGMMA_ROWS), LOW)
+    source[HIGH] = source[SCALARS, [HULL_HIGH, INNER_HIGH]] = HIGH
+    source[SCALARS, SOLID] = -1
+    low, high = (x[:, :, None, None] for x in (low, high))
+    table = jnp.where(source == LOW, low, jnp.where(source == HIGH, high, 1))
+    return jnp.broadcast_to(table, (plan.B, plan.tiles, 3, WGMMA_ROWS))
+
+
+def _windows(plan: DerivativePlan, low: jax.Array, high: jax.Array) -> jax.Array:
     shape = (plan.B, plan.tiles, WGMMA_ROWS)
 
     def of_rows(x: jax.Array) -> jax.Array:
         x = jnp.repeat(x, plan.rows // plan.Q, axis=1)
         # Query rows past the last repeat it.
-        rest = plan.tiles * WGMMA_ROWS - plan.rows
-        return jnp.pad(x, ((0, 0), (0, rest)), mode="edge") if rest else x
+        return padded(x, 1, plan.tiles * WGMMA_ROWS, "edge").reshape(shape)
 
-    low, high = (of_rows(x).reshape(shape) for x in (starts, lengths))
-    low, high = jnp.maximum(low, 0), jnp.minimum(high, plan.S)
-    filled = high > low
-    low, high = jnp.where(filled, low, 0), jnp.where(filled, high, 0)
+    low, high = of_rows(low), of_rows(high)
     together = (plan.B, plan.tile_groups, plan.tiles // plan.tile_groups, WGMMA_ROWS)
 
     def of_group(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x[:, :, None], together[:3]).reshape(plan.B, plan.tiles)
 
-    first = jnp.where(filled, low, plan.S).reshape(together).min(axis=(2, 3))
+    first = jnp.where(high > low, low, plan.positions).reshape(together).min(axis=(2, 3))
     last = high.reshape(together).max(axis=(2, 3))
     # Windows that each touch the next have no gap. Others may have none too, but look as if.
     ends = [x.reshape(*together[:2], -1) for x in (low, high)]
     touches = (ends[0][..., 1:] <= ends[1][..., :-1]) & (ends[0][..., :-1] <= ends[1][..., 1:])
     solid = touches.all(axis=2).astype(jnp.int32)
     scalars = [of_group(first), of_group(last), low.max(axis=2), high.min(axis=2), of_group(solid)]
-    line = _pad_rows(jnp.stack(scalars, axis=2), 2, WGMMA_ROWS)
+    line = padded(jnp.stack(scalars, axis=2), 2, WGMMA_ROWS)
     return jnp.stack([low, high, line], axis=2)
 
 
 def by_tile(plan: DerivativePlan, x: jax.Array, value: float = 0) -> jax.Array:
-    """[B, Q, Hq] to [B, H, tiles, 64], padded with a value."""
-    x = _pad_rows(fold(plan, x)[:, : plan.rows], 1, plan.tiles * WGMMA_ROWS, value)
-    return jnp.swapaxes(x, 1, 2).reshape(plan.B, plan.H, plan.tiles, WGMMA_ROWS)
+    """[B, Q, Hq, ...] to [B, H, tiles, 64, ...], padded with a value."""
+    x = _packed(plan, x)
+    x = x if plan.packed else jnp.swapaxes(x, 1, 2)
+    widths = [(0, 0)] * x.ndim
+    widths[2] = (0, plan.tiles * WGMMA_ROWS - plan.rows)
+    x = jnp.pad(x, widths, constant_values=value)
+    return x.reshape(plan.B, plan.H, plan.tiles, WGMMA_ROWS, *x.shape[3:])
 
 
 def from_tiles(plan: DerivativePlan, x: jax.Array) -> jax.Array:
     """[B, H, tiles, 64] to [B, Q, Hq]."""
     x = x.reshape(plan.B, plan.H, plan.tiles * WGMMA_ROWS)
-    return unfold(plan, jnp.swapaxes(x, 1, 2))
+    return unfold(plan, x if plan.packed else jnp.swapaxes(x, 1, 2))
 
 
 def log_sum(max_logits: jax.Array, denominator: jax.Array) -> jax.Array:
@@ -248,3 +277,8 @@ def log_sum(max_logits: jax.Array, denominator: jax.Array) -> jax.Array:
     empty = denominator == 0
     positive = jnp.where(empty, 1, denominator)
     return jnp.where(empty, jnp.inf, max_logits * LOG2_E + jnp.log2(positive))
+
+
+def statistics(at_max: bool) -> tuple[str, ...]:
+    """Names of the statistics [B, H, tiles, 64] from which cotangents of logits are computed."""
+    return ("log_sum", "delta", "t_star", "at_max_bar") if at_max else ("log_sum", "delta")

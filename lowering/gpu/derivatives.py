@@ -3,7 +3,8 @@
     operation              kernels
     vjp, query             cotangent (row kernel)
     vjp, key and value     cache cotangents (cache kernel), beside that of query; or, where one
-                           tile holds all query rows of a key head, all three from one kernel
+                           tile holds all query rows of a key head and S is a multiple of 8, all
+                           three from one kernel
     vjp with cotangents of max_logits or denominator: before them peaks (row kernel), for t*
     jvp                    tangents (row kernel)
 
@@ -23,9 +24,10 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     by_tile,
     fold,
     from_tiles,
+    join_rows,
     log_sum,
     make_plan,
-    pad_cache,
+    split_rows,
     unfold,
     windows,
 )
@@ -74,21 +76,28 @@ def vjp(
     out_bar = cotangents.out
     out_bar = jnp.zeros(out.shape, plan.dtype) if out_bar is None else out_bar.astype(plan.dtype)
     # delta = <o_bar, o> - l_bar l and c = m_bar - l_bar l, with o_bar as the kernels multiply it
-    delta = (out_bar.astype(jnp.float32) * out).sum(axis=-1)
+    products = out_bar.astype(jnp.float32) * out
+    # Tiles of few query rows are padded before the sum, which XLA then computes with the padding.
+    # Those of many are summed where they lie.
+    delta = (
+        by_tile(plan, products).sum(axis=-1)
+        if plan.packed
+        else by_tile(plan, products.sum(axis=-1))
+    )
     at_max_bar = cotangents.max_logits
     if cotangents.denominator is not None:
         shift = cotangents.denominator * denominator
-        delta -= shift
+        delta -= by_tile(plan, shift)
         at_max_bar = -shift if at_max_bar is None else at_max_bar - shift
-    table = windows(plan, jnp.minimum(lengths, key.shape[1]), starts)
+    table = windows(plan, lengths, starts)
     operands = {
         "query": fold(plan, query),
         "out_bar": fold(plan, out_bar),
-        "key": pad_cache(plan, key),
-        "value": pad_cache(plan, value),
+        "key": join_rows(plan, key),
+        "value": join_rows(plan, value),
+        "log_sum": by_tile(plan, log_sum(max_logits, denominator), jnp.inf),
+        "delta": delta,
     }
-    operands["log_sum"] = by_tile(plan, log_sum(max_logits, denominator), jnp.inf)
-    operands["delta"] = by_tile(plan, delta)
     at_max = at_max_bar is not None
     if at_max_bar is not None:
         operands["at_max_bar"] = by_tile(plan, at_max_bar)
@@ -96,7 +105,7 @@ def vjp(
         operands["t_star"], _ = _first_peak(row_kernels.run(plan, task, table, operands, interpret))
     of_cache = wrt.key is not None or wrt.value is not None
     bars: dict[str, jax.Array] = {}
-    if of_cache and not plan.tiles_apart:
+    if of_cache and one_tile.takes(plan):
         for each in cache_kernels.tasks(plan, wrt, at_max):
             bars |= one_tile.run(plan, each, table, operands, interpret)
     elif of_cache:
@@ -113,7 +122,7 @@ def vjp(
         bars["query"] = unfold(plan, total).astype(wrt.query)
     for name in ("key", "value"):
         if name in bars:
-            bars[name] = bars[name][:, : key.shape[1]]
+            bars[name] = split_rows(plan, bars[name])
     return ByOperand(*(bars.get(name) for name in ByOperand._fields))
 
 
@@ -138,11 +147,11 @@ def jvp(
     if query_dot is not None:
         operands["query_dot"] = fold(plan, query_dot)
     caches = {"key": key, "value": value, "key_dot": key_dot, "value_dot": value_dot}
-    operands |= {name: pad_cache(plan, x) for name, x in caches.items() if x is not None}
+    operands |= {name: join_rows(plan, x) for name, x in caches.items() if x is not None}
     rows = tuple(name for name in operands if name.startswith("query"))
     cache = tuple(name for name in operands if not name.startswith("query"))
     task = row_kernels.RowTask("tangents", rows, cache)
-    table = windows(plan, jnp.minimum(lengths, key.shape[1]), starts)
+    table = windows(plan, lengths, starts)
     operands["log_sum"] = by_tile(plan, log_sum(max_logits, denominator), jnp.inf)
     results = row_kernels.run(plan, task, table, operands, interpret)
     _, at = _first_peak(results)

@@ -93,15 +93,16 @@ def launch(
         return changed
 
 
-def shared_rows(shape: tuple[int, ...], dtype: Any) -> Any:
+def shared_rows(shape: tuple[int, ...], dtype: Any, like: int | None = None) -> Any:
     """Shared memory [..., rows, columns] as the copy engine fills it and matrix products read it.
 
     The copy engine permutes ("swizzles") the bytes of 8 rows so that reading columns of the tile
     meets no bank conflicts. The more bytes of a row take part the better: 128, or 64 or 32 where
-    the row is no multiple of more.
+    the row is no multiple of more. Both operands of a product need the same: that of rows of `like`
+    columns, if it is not the array's own.
     """
     size = jax.numpy.dtype(dtype).itemsize
-    swizzle = swizzle_columns(shape[-1], dtype) * size
+    swizzle = swizzle_columns(shape[-1] if like is None else like, dtype) * size
     tiling = plgpu.TilingTransform((8, swizzle // size))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 

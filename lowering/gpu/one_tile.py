@@ -12,7 +12,8 @@ With the logits transposed as in `cache_kernels`, s_bar goes to shared memory be
 
     query_bar += s_bar.T key
 
-which the caller adds over warpgroups and stretches.
+which the caller adds over warpgroups and stretches. A CTA writes whole blocks of its own row, so
+rows of the cache must begin with a tile of the copy engine.
 """
 
 import functools
@@ -35,11 +36,19 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     SCALARS,
     SOLID,
     DerivativePlan,
+    join_rows,
+    split_rows,
 )
-from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
+from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
+from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS
 
 _BLOCK = WGMMA_ROWS
 _SHARED_MEMORY = 220 * 1024
+
+
+def takes(plan: DerivativePlan) -> bool:
+    """Whether the kernel takes a call."""
+    return not plan.tiles_apart and plan.S % SWIZZLE_ROWS == 0
 
 
 def run(
@@ -51,32 +60,29 @@ def run(
 ) -> dict[str, jax.Array]:
     """The gradients that the task asks for, by name; as `cache_kernels.run` for one tile.
 
-    That of query is float32 and partial, [partials, B, R, H, D].
+    That of query is float32 and partial, [partials, *shape_of_rows(D)].
     """
-    inputs = task.inputs(windows, operands)
+    # The copy engine ends at the end of a row, where the last block of a row may not.
+    by_row = {name: split_rows(plan, operands[name]) for name in ("key", "value")}
     results = {
-        name: jax.ShapeDtypeStruct(operands[name].shape, dtype)
+        f"{name}_bar": jax.ShapeDtypeStruct(by_row[name].shape, dtype)
         for name, dtype in task.results.items()
     }
     if task.query is not None:
-        shape = (plan.partials, plan.B, plan.R, plan.H, plan.D)
-        results["query"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    names = (*inputs, *(f"{name}_bar" for name in results))
-    outputs = plgpu.kernel(
-        lambda *refs, **scratch: _kernel(
-            plan, task, dict(zip(names, refs, strict=True)), **scratch
-        ),
-        out_type=list(results.values()),
-        scratch_types=_scratch(plan, task),
-        grid=(plan.stretches * plan.B * plan.H,),
-        grid_names=("cta",),
-        num_threads=plan.warpgroups + 1,
-        thread_name="wg",
-        kernel_name="ragged_attention_all_cotangents",
-        compiler_params=blocks.COMPILER_PARAMS,
+        shape = (plan.partials, *plan.shape_of_rows(plan.D))
+        results["query_bar"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    made = launch(
+        functools.partial(_kernel, plan, task),
+        name="ragged_attention_all_cotangents",
+        ctas=plan.stretches * plan.B * plan.H,
+        warpgroups=plan.warpgroups + 1,
+        inputs=task.inputs(windows, dict(operands) | by_row),
+        results=results,
+        scratch=_scratch(plan, task),
         interpret=interpret,
-    )(*inputs.values())
-    return dict(zip(results, outputs, strict=True))
+    )
+    bars = {name: join_rows(plan, made[f"{name}_bar"]) for name in task.results}
+    return bars | ({} if task.query is None else {"query": made["query_bar"]})
 
 
 def _chunk(plan: DerivativePlan, task: CacheTask, name: str) -> int:
@@ -108,23 +114,23 @@ def _stages(plan: DerivativePlan, task: CacheTask) -> int:
 def _scratch(plan: DerivativePlan, task: CacheTask) -> dict[str, Any]:
     stages, wgs = _stages(plan, task), plan.warpgroups
     scratch = {
-        "query": blocks.swizzled((WGMMA_ROWS, plan.D), plan.dtype),
-        "out_bar": blocks.swizzled((WGMMA_ROWS, plan.Dv), plan.dtype),
-        "windows": plgpu.SMEM((3, WGMMA_ROWS), jnp.int32),
+        "query_tile": shared_rows((WGMMA_ROWS, plan.D), plan.dtype),
+        "out_bar_tile": shared_rows((WGMMA_ROWS, plan.Dv), plan.dtype),
+        "windows_tile": plgpu.SMEM((3, WGMMA_ROWS), jnp.int32),
         **task.scratch_of_statistics(),
         "tile_full": plgpu.Barrier(num_arrivals=len(task.tile)),
-        "key": blocks.swizzled((stages, _BLOCK, plan.D), plan.dtype),
-        "value": blocks.swizzled((stages, _BLOCK, plan.Dv), plan.dtype),
+        "key_blocks": shared_rows((stages, _BLOCK, plan.D), plan.dtype),
+        "value_blocks": shared_rows((stages, _BLOCK, plan.Dv), plan.dtype),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "free": plgpu.Barrier(num_barriers=stages),
     }
     for name, dtype in task.results.items():
         shape = (wgs, _BLOCK, _chunk(plan, task, name))
-        scratch[f"{name}_staging"] = blocks.swizzled(shape, dtype)
+        scratch[f"{name}_staging"] = shared_rows(shape, dtype)
     if task.query is not None:
-        scratch["logit_bar"] = blocks.swizzled((wgs, _BLOCK, WGMMA_ROWS), plan.dtype, like=plan.D)
+        scratch["logit_bar"] = shared_rows((wgs, _BLOCK, WGMMA_ROWS), plan.dtype, like=plan.D)
         shape = (wgs, WGMMA_ROWS, _chunk(plan, task, "query"))
-        scratch["query_staging"] = blocks.swizzled(shape, jnp.float32)
+        scratch["query_staging"] = shared_rows(shape, jnp.float32)
     return scratch
 
 
@@ -134,104 +140,85 @@ class _Stretch:
     Attributes:
       b, head: the row of the cache and its head.
       stretch: the number of the stretch.
-      begin, end: its blocks.
+      position: that of the row's first position.
+      begin, end: the stretch's blocks of the row.
       first, last: of them, those inside the hull.
     """
 
     def __init__(self, plan: DerivativePlan, windows_ref: Any, cta: Any) -> None:
         cta, self.head = lax.div(cta, plan.H), lax.rem(cta, plan.H)
         self.b, self.stretch = lax.div(cta, plan.stretches), lax.rem(cta, plan.stretches)
-        low, high = (windows_ref[self.b, 0, SCALARS, i] for i in (HULL_LOW, HULL_HIGH))
+        self.position = self.b * plan.S
+        hull = (windows_ref[self.b, 0, SCALARS, i] for i in (HULL_LOW, HULL_HIGH))
+        # Of an empty hull, the end is 0.
+        low, high = (jnp.maximum(x - self.position, 0) for x in hull)
         self.begin = self.stretch * plan.stretch
         self.end = jnp.minimum(self.begin + plan.stretch, -(-plan.S // _BLOCK))
         self.first = jnp.clip(lax.div(low, _BLOCK), self.begin, self.end)
         self.last = jnp.clip(lax.div(high + (_BLOCK - 1), _BLOCK), self.first, self.end)
 
 
-def _kernel(plan: DerivativePlan, task: CacheTask, refs: Mapping[str, Any], **scratch: Any) -> None:
-    work = _Stretch(plan, refs["windows"], lax.axis_index("cta"))
-    wg = lax.axis_index("wg")
-
-    @pl.when(wg == plan.warpgroups)
-    def _() -> None:
-        plgpu.set_max_registers(24, action="decrease")
-        pl.when(work.last > work.first)(functools.partial(_copy, plan, task, refs, work, scratch))
-
-    @pl.when(wg < plan.warpgroups)
-    def _() -> None:
-        plgpu.set_max_registers(240, action="increase")
-        _compute(plan, task, refs, work, wg, scratch)
+def _kernel(plan: DerivativePlan, task: CacheTask, refs: Refs) -> None:
+    work = _Stretch(plan, refs.windows, lax.axis_index("cta"))
+    blocks.copy_and_compute(
+        plan.warpgroups,
+        work.last > work.first,
+        functools.partial(_copy, plan, task, refs, work),
+        functools.partial(_compute, plan, task, refs, work),
+    )
 
 
 def _rows(block: Any) -> Any:
     return pl.ds(pl.multiple_of(block * _BLOCK, _BLOCK), _BLOCK)
 
 
-def _rows_of_tile(work: _Stretch) -> Any:
-    """The first 64 query rows, more than the array may have: the copy engine skips the rest.
+def _only_tile(work: _Stretch) -> Any:
+    """0, but not known to be: its 64 query rows may be more than the array has.
 
-    The first is 0, but not known to be, else the size would be checked while tracing.
+    The size would be checked while tracing; the copy engine skips the rest.
     """
-    return pl.ds(pl.multiple_of(jnp.minimum(work.stretch, 0), WGMMA_ROWS), WGMMA_ROWS)
+    return jnp.minimum(work.stretch, 0)
 
 
-def _copy(
-    plan: DerivativePlan,
-    task: CacheTask,
-    refs: Mapping[str, Any],
-    work: _Stretch,
-    scratch: Mapping[str, Any],
-) -> None:
+def _copy(plan: DerivativePlan, task: CacheTask, refs: Refs, work: _Stretch) -> None:
     """Starts the copies of the tile and then of the blocks."""
-    rows = _rows_of_tile(work)
-    places = {
-        "query": (work.b, rows, work.head),
-        "out_bar": (work.b, rows, work.head),
-        "windows": (work.b, 0),
-    }
-    for name in task.tile:
-        source = refs[name].at[places.get(name, (work.b, work.head, 0))]
-        plgpu.copy_gmem_to_smem(source, scratch[name], scratch["tile_full"])
+    place = work.b, work.head, _only_tile(work)
+    cache_kernels.copy_tile(plan, task, refs, place, refs.tile_full)
 
     def start(i: Any, slot: Any) -> None:
         for name in ("key", "value"):
             source = refs[name].at[work.b, _rows(work.first + i), work.head]
-            plgpu.copy_gmem_to_smem(source, scratch[name].at[slot], scratch["full"].at[slot])
+            to = refs[f"{name}_blocks"].at[slot]
+            plgpu.copy_gmem_to_smem(source, to, refs.full.at[slot])
 
-    blocks.copy_ahead(work.last - work.first, _stages(plan, task), [scratch["free"]], start)
+    blocks.copy_ahead(work.last - work.first, _stages(plan, task), [refs.free], start)
 
 
-def _compute(
-    plan: DerivativePlan,
-    task: CacheTask,
-    refs: Mapping[str, Any],
-    work: _Stretch,
-    wg: Any,
-    scratch: Mapping[str, Any],
-) -> None:
+def _compute(plan: DerivativePlan, task: CacheTask, refs: Refs, work: _Stretch, wg: Any) -> None:
     stages = _stages(plan, task)
-    tile = {name: scratch[name] for name in task.tile}
+    tile = cache_kernels.tile_refs(task, refs)
     dealt = functools.partial(_dealt, plan, wg)
-    pl.when(work.last > work.first)(lambda: plgpu.barrier_wait(scratch["tile_full"]))
+    pl.when(work.last > work.first)(lambda: plgpu.barrier_wait(refs.tile_full))
 
     def store(block: Any, name: str, chunks: tuple[jax.Array, ...]) -> None:
         ref = refs[f"{name}_bar"].at[work.b, _rows(block), work.head]
-        blocks.store(scratch[f"{name}_staging"].at[wg], chunks, ref)
+        blocks.store(refs[f"{name}_staging"].at[wg], chunks, ref)
 
     def step(i: Any, query_bar: Any) -> Any:
         slot = lax.rem(i, stages)
         block = work.first + i
-        plgpu.barrier_wait(scratch["full"].at[slot])
-        key, value = (scratch[name].at[slot] for name in ("key", "value"))
-        left = cache_kernels.weights(plan, task, key, value, tile, block * _BLOCK)
+        position = work.position + block * _BLOCK
+        plgpu.barrier_wait(refs.full.at[slot])
+        key, value = refs.key_blocks.at[slot], refs.value_blocks.at[slot]
+        left = cache_kernels.weights(plan, task, key, value, tile, position)
         if task.query is not None:
-            logit_bar = scratch["logit_bar"].at[wg]
+            logit_bar = refs.logit_bar.at[wg]
             logit_bar[...] = left["key"]
             plgpu.commit_smem()
-            _zero_outside(tile["windows"], key, block * _BLOCK)
+            _zero_outside(tile["windows"], key, position)
             term = (query_bar, logit_bar.transpose((1, 0)), key)
             (query_bar,) = blocks.accumulate(term)
-        plgpu.barrier_arrive(scratch["free"].at[slot])
+        plgpu.barrier_arrive(refs.free.at[slot])
         # One after the other: registers hold the accumulators of query and of one more.
         right = {"key": tile["query"], "value": tile["out_bar"]}
         for name in task.results:
@@ -252,9 +239,10 @@ def _compute(
     dealt(work.last, work.end, clear, None)
     if task.query is not None:
         partial = work.stretch * plan.warpgroups + wg
-        ref = refs["query_bar"].at[partial, work.b, _rows_of_tile(work), work.head]
+        rows = pl.ds(pl.multiple_of(_only_tile(work), WGMMA_ROWS), WGMMA_ROWS)
+        ref = refs.query_bar.at[(partial, *plan.at(work.b, rows, work.head))]
         chunks = tuple(x * plan.params.softmax_scale for x in query_bar)
-        blocks.store(scratch["query_staging"].at[wg], chunks, ref)
+        blocks.store(refs.query_staging.at[wg], chunks, ref)
     plgpu.wait_smem_to_gmem(0)
 
 

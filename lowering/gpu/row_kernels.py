@@ -43,7 +43,9 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     SCALARS,
     SOLID,
     DerivativePlan,
+    statistics,
 )
+from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
 
 _ROW_LAYOUT = LAYOUT.reduce(1)
@@ -57,10 +59,10 @@ class RowTask:
 
     Attributes:
       name: "peaks", "cotangent" or "tangents".
-      rows: names of the operands [B, R, H, D or Dv] of query rows.
-      cache: names of the operands [B, S, Hkv, D or Dv] of the cache.
+      rows: names of the operands of query rows, of `shape_of_rows(D or Dv)`.
+      cache: names of the operands [positions, Hkv, D or Dv] of the cache.
       at_max: whether there are cotangents of the maximum (cotangent).
-      dtype: of the result [B, R, H, columns].
+      dtype: of the result, of `shape_of_rows(columns)`.
     """
 
     name: str
@@ -83,9 +85,7 @@ class RowTask:
         """Names of the statistics [B, H, tiles, 64] of query rows among the operands."""
         if self.name == "peaks":
             return ()
-        if self.name == "tangents":
-            return ("log_sum",)
-        return ("log_sum", "delta", "t_star", "at_max_bar") if self.at_max else ("log_sum", "delta")
+        return ("log_sum",) if self.name == "tangents" else statistics(self.at_max)
 
     @property
     def zeroed(self) -> tuple[str, ...]:
@@ -111,36 +111,30 @@ def run(
       interpret: for JAX's interpreter.
 
     Returns:
-      "result" [partials, B, R, H, columns], "statistics" f32 [partials, B, H, tiles, n, 64] and
-      "peak" i32 [partials, B, H, tiles, 64], those that the task has.
+      "result" [partials, *shape_of_rows(columns)], "statistics" f32 [partials, B, H, tiles, n, 64]
+      and "peak" i32 [partials, B, H, tiles, 64], those that the task has.
     """
     names_of_inputs = (*task.inputs, *task.rows, *task.cache)
     inputs = {"windows": windows} | {name: operands[name] for name in names_of_inputs}
     results: dict[str, jax.ShapeDtypeStruct] = {}
     tiles = (plan.partials, plan.B, plan.H, plan.tiles)
     if columns := task.columns(plan):
-        sums = (plan.partials, plan.B, plan.R, plan.H, columns)
-        results["result"] = jax.ShapeDtypeStruct(sums, task.dtype)
+        shape = (plan.partials, *plan.shape_of_rows(columns))
+        results["result"] = jax.ShapeDtypeStruct(shape, task.dtype)
     if task.statistics:
         shape = (*tiles, task.statistics, WGMMA_ROWS)
         results["statistics"] = jax.ShapeDtypeStruct(shape, jnp.float32)
         results["peak"] = jax.ShapeDtypeStruct((*tiles, WGMMA_ROWS), jnp.int32)
-    names = (*inputs, *results)
-    outputs = plgpu.kernel(
-        lambda *refs, **scratch: _kernel(
-            plan, task, dict(zip(names, refs, strict=True)), **scratch
-        ),
-        out_type=list(results.values()),
-        scratch_types=_scratch(plan, task),
-        grid=(plan.tile_groups * plan.stretches * plan.B * plan.H,),
-        grid_names=("cta",),
-        num_threads=plan.warpgroups + 1,
-        thread_name="wg",
-        kernel_name=f"ragged_attention_{task.name}",
-        compiler_params=blocks.COMPILER_PARAMS,
+    return launch(
+        functools.partial(_kernel, plan, task),
+        name=f"ragged_attention_{task.name}",
+        ctas=plan.tile_groups * plan.stretches * plan.B * plan.H,
+        warpgroups=plan.warpgroups + 1,
+        inputs=inputs,
+        results=results,
+        scratch=_scratch(plan, task),
         interpret=interpret,
-    )(*inputs.values())
-    return dict(zip(results, outputs, strict=True))
+    )
 
 
 def _width(plan: DerivativePlan, name: str) -> int:
@@ -173,19 +167,20 @@ def _tiles_of_cta(plan: DerivativePlan) -> int:
 def _scratch(plan: DerivativePlan, task: RowTask) -> dict[str, Any]:
     stages, tiles = _stages(plan, task), _tiles_of_cta(plan)
     scratch: dict[str, Any] = {
-        name: blocks.swizzled((tiles, WGMMA_ROWS, _width(plan, name)), plan.dtype)
+        f"{name}_tiles": shared_rows((tiles, WGMMA_ROWS, _width(plan, name)), plan.dtype)
         for name in task.rows
     }
     # A block is of both warpgroups, or of one.
     arrivals = plan.warpgroups if plan.tiles_apart else 1
     for name in task.cache:
-        scratch[name] = blocks.swizzled((stages, plan.block, _width(plan, name)), plan.dtype)
+        shape = (stages, plan.block, _width(plan, name))
+        scratch[f"{name}_blocks"] = shared_rows(shape, plan.dtype)
         scratch[f"{name}_full"] = plgpu.Barrier(num_barriers=stages)
         scratch[f"{name}_free"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
     scratch["rows_full"] = plgpu.Barrier(num_arrivals=len(task.rows) * tiles)
     if task.columns(plan):
         shape = (plan.warpgroups, WGMMA_ROWS, plan.chunk(task.columns(plan), task.dtype))
-        scratch["staging"] = blocks.swizzled(shape, task.dtype)
+        scratch["staging"] = shared_rows(shape, task.dtype)
     if task.statistics:
         shape = (plan.warpgroups, task.statistics, WGMMA_ROWS)
         scratch["out_statistics"] = plgpu.SMEM(shape, jnp.float32)
@@ -202,7 +197,7 @@ class _RowWork:
       group: the set of tiles.
       stretch: the number of the stretch.
       low, high: the hull, in positions.
-      first: the first block.
+      first: the first block; a block starts at a multiple of its size.
       count: of blocks.
     """
 
@@ -230,45 +225,33 @@ class _RowWork:
         return cls(b, head, group, stretch, low, high, begin, count)
 
 
-def _kernel(plan: DerivativePlan, task: RowTask, refs: Mapping[str, Any], **scratch: Any) -> None:
-    work = _RowWork.of(plan, refs["windows"], lax.axis_index("cta"))
-    wg = lax.axis_index("wg")
-
-    @pl.when(wg == plan.warpgroups)
-    def _() -> None:
-        plgpu.set_max_registers(24, action="decrease")
-        pl.when(work.count > 0)(functools.partial(_copy, plan, task, refs, work, scratch))
-
-    @pl.when(wg < plan.warpgroups)
-    def _() -> None:
-        plgpu.set_max_registers(240, action="increase")
-        _compute(plan, task, refs, work, wg, scratch)
+def _kernel(plan: DerivativePlan, task: RowTask, refs: Refs) -> None:
+    work = _RowWork.of(plan, refs.windows, lax.axis_index("cta"))
+    blocks.copy_and_compute(
+        plan.warpgroups,
+        work.count > 0,
+        functools.partial(_copy, plan, task, refs, work),
+        functools.partial(_compute, plan, task, refs, work),
+    )
 
 
-def _copy(
-    plan: DerivativePlan,
-    task: RowTask,
-    refs: Mapping[str, Any],
-    work: _RowWork,
-    scratch: Mapping[str, Any],
-) -> None:
+def _copy(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork) -> None:
     """Starts the copies of the tiles and then of the blocks."""
     for i in range(_tiles_of_cta(plan)):
         rows = pl.ds((work.group * _tiles_of_cta(plan) + i) * WGMMA_ROWS, WGMMA_ROWS)
         for name in task.rows:
-            source = refs[name].at[work.b, rows, work.head]
-            plgpu.copy_gmem_to_smem(source, scratch[name].at[i], scratch["rows_full"])
+            source = refs[name].at[plan.at(work.b, rows, work.head)]
+            plgpu.copy_gmem_to_smem(source, refs[f"{name}_tiles"].at[i], refs.rows_full)
     kv_head = lax.div(work.head, plan.group)
 
     def start(i: Any, slot: Any) -> None:
         rows = pl.ds(pl.multiple_of((work.first + i) * plan.block, plan.block), plan.block)
         for name in task.cache:
-            source = refs[name].at[work.b, rows, kv_head]
-            plgpu.copy_gmem_to_smem(
-                source, scratch[name].at[slot], scratch[f"{name}_full"].at[slot]
-            )
+            full = refs[f"{name}_full"].at[slot]
+            to = refs[f"{name}_blocks"].at[slot]
+            plgpu.copy_gmem_to_smem(refs[name].at[rows, kv_head], to, full)
 
-    free = [scratch[f"{name}_free"] for name in task.cache]
+    free = [refs[f"{name}_free"] for name in task.cache]
     blocks.copy_ahead(work.count, _stages(plan, task), free, start)
 
 
@@ -293,12 +276,10 @@ class _Tile:
     at_max: tuple[jax.Array, jax.Array] | None
 
 
-def _tile(
-    plan: DerivativePlan, task: RowTask, refs: Mapping[str, Any], work: _RowWork, wg: Any
-) -> _Tile:
+def _tile(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg: Any) -> _Tile:
     slot = wg if plan.tiles_apart else 0
     number = work.group * _tiles_of_cta(plan) + slot
-    windows_ref = refs["windows"].at[work.b, number]
+    windows_ref = refs.windows.at[work.b, number]
 
     def load(ref: Any) -> jax.Array:
         return mosaic_gpu_load(ref, layout=_ROW_LAYOUT, optimized=False)
@@ -319,51 +300,44 @@ def _tile(
     )
 
 
-def _compute(
-    plan: DerivativePlan,
-    task: RowTask,
-    refs: Mapping[str, Any],
-    work: _RowWork,
-    wg: Any,
-    scratch: Mapping[str, Any],
-) -> None:
+def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg: Any) -> None:
     tile = _tile(plan, task, refs, work, wg)
     stages = _stages(plan, task)
     step = {"peaks": _peaks, "cotangent": _cotangent, "tangents": _tangents}[task.name]
-    pl.when(work.count > 0)(lambda: plgpu.barrier_wait(scratch["rows_full"]))
+    pl.when(work.count > 0)(lambda: plgpu.barrier_wait(refs.rows_full))
 
     def block(i: Any, state: Any) -> Any:
         # Its number in the stretch, where blocks are dealt to the warpgroups.
         i = i if plan.tiles_apart else i * plan.warpgroups + wg
         slot = lax.rem(i, stages)
         first = (work.first + i) * plan.block
-        operands = {name: scratch[name].at[slot] for name in task.cache}
-        operands |= {name: scratch[name].at[tile.slot] for name in task.rows}
+        operands = {name: refs[f"{name}_blocks"].at[slot] for name in task.cache}
+        operands |= {name: refs[f"{name}_tiles"].at[tile.slot] for name in task.rows}
         for name in task.cache:
-            plgpu.barrier_wait(scratch[f"{name}_full"].at[slot])
+            plgpu.barrier_wait(refs[f"{name}_full"].at[slot])
         for name in task.zeroed:
             _zero_outside(plan, refs, work, tile, operands[name], first)
         state = step(plan, task, tile, operands, first, state)
         for name in task.cache:
-            plgpu.barrier_arrive(scratch[f"{name}_free"].at[slot])
+            plgpu.barrier_arrive(refs[f"{name}_free"].at[slot])
         return state
 
     count = work.count
     if not plan.tiles_apart:
         count = lax.div(count + (plan.warpgroups - 1 - wg), plan.warpgroups)
     state = lax.fori_loop(0, count, block, _initial_state(plan, task))
-    _store(plan, task, refs, work, tile, wg, state, scratch)
+    _store(plan, task, refs, work, tile, wg, state)
 
 
 def _zero_outside(
-    plan: DerivativePlan, refs: Mapping[str, Any], work: _RowWork, tile: _Tile, ref: Any, first: Any
+    plan: DerivativePlan, refs: Refs, work: _RowWork, tile: _Tile, ref: Any, first: Any
 ) -> None:
     """Zeros the positions of a block that lie outside every window of the CTA's tiles."""
     tiles = _tiles_of_cta(plan)
 
     def window(i: Any) -> tuple[Any, Any]:
         number = work.group * tiles + lax.div(i, WGMMA_ROWS)
-        windows_ref, r = refs["windows"].at[work.b, number], lax.rem(i, WGMMA_ROWS)
+        windows_ref, r = refs.windows.at[work.b, number], lax.rem(i, WGMMA_ROWS)
         return windows_ref[LOW, r], windows_ref[HIGH, r]
 
     hull = work.low, work.high, tile.solid
@@ -386,22 +360,32 @@ def _initial_state(plan: DerivativePlan, task: RowTask) -> Any:
     return sums, lowest, nowhere, zero, zero, zero, zero
 
 
-def _edge(plan: DerivativePlan, tile: _Tile, first: Any) -> Any:
-    """Whether a block has positions outside a window of the tile."""
-    return (first < tile.inner_low) | (first + plan.block > tile.inner_high)
+def _masked(
+    plan: DerivativePlan, tile: _Tile, first: Any, *arrays: tuple[jax.Array, float]
+) -> list[jax.Array]:
+    """Fills arrays [64, T] outside the windows of the tile's query rows."""
+    edge = (first < tile.inner_low) | (first + plan.block > tile.inner_high)
+    return blocks.masked(edge, first, tile.low, tile.high, 0, *arrays)
 
 
-def _places(shape: tuple[int, ...]) -> jax.Array:
-    """How many positions are left in the block from each on, exact in float32; 0 for none."""
-    index = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=LAYOUT)
-    return (shape[1] - index).astype(jnp.float32)
+def _higher(
+    plan: DerivativePlan, z: jax.Array, first: Any, best: jax.Array, t_star: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Takes a block of logits [64, T] into the maximum of each row and the first position of it.
 
-
-def _peak(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The maximum of each row, the place of the first position that attains it; places."""
-    highest, places = z.max(axis=1), _places(z.shape)
-    place = jnp.where(z == blocks.along(highest, z.shape, 0), places, 0.0).max(axis=1)
-    return highest, place, places
+    Returns:
+      Both; whether they are of this block [64]; and where the block attains its own maximum first
+      [64, T].
+    """
+    highest = z.max(axis=1)
+    # Positions from each on to the end of the block, exact in float32: the most is the first.
+    left = plan.block - plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=LAYOUT)
+    left = left.astype(jnp.float32)
+    most = jnp.where(z == blocks.along(highest, z.shape, 0), left, 0.0).max(axis=1)
+    better = highest > best
+    t_star = jnp.where(better, first + plan.block - most.astype(jnp.int32), t_star)
+    peak = left == blocks.along(most, z.shape, 0)
+    return jnp.where(better, highest, best), t_star, better, peak
 
 
 def _peaks(
@@ -414,15 +398,9 @@ def _peaks(
 ) -> Any:
     """One block's part of the peaks."""
     del task
-    best, t_star = state
     (s,) = blocks.dots((operands["query"], operands["key"]))
-    z, _ = blocks.logits(plan, s)
-    edge = _edge(plan, tile, first)
-    (z,) = blocks.masked(edge, first, tile.low, tile.high, 0, (z, -math.inf))
-    highest, place, _ = _peak(z)
-    t = first + plan.block - place.astype(jnp.int32)
-    better = highest > best
-    return jnp.where(better, highest, best), jnp.where(better, t, t_star)
+    (z,) = _masked(plan, tile, first, (blocks.logits(plan, s)[0], -math.inf))
+    return _higher(plan, z, first, *state)[:2]
 
 
 def _cotangent(
@@ -442,8 +420,7 @@ def _cotangent(
     )
     p, dz_ds = blocks.probabilities(plan, s, tile.log_sum, 0)
     s_bar = blocks.logit_cotangents(p, dz_ds, p_bar, tile.delta, tile.at_max, first, 0)
-    edge = _edge(plan, tile, first)
-    (s_bar,) = blocks.masked(edge, first, tile.low, tile.high, 0, (s_bar, 0.0))
+    (s_bar,) = _masked(plan, tile, first, (s_bar, 0.0))
     (state,) = blocks.accumulate((state, s_bar.astype(plan.dtype), operands["key"]))
     return state
 
@@ -462,7 +439,7 @@ def _tangents(
     nearly 1. The sum so far is moved to another d by sum p times the difference.
     """
     assert tile.log_sum is not None
-    sums, best, t_star, at_max, probability, centred, rounded = state
+    sums, best, t_star, before, probability, centred, rounded = state
     pairs = [(operands["query"], operands["key"])]
     if "query_dot" in task.rows:
         pairs.append((operands["query_dot"], operands["key"]))
@@ -474,22 +451,9 @@ def _tangents(
     z_dot = functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(z)
     z_dot = z_dot * plan.params.softmax_scale
     z_dot = z_dot if dz_ds is None else z_dot * dz_ds
-    z, p, z_dot = blocks.masked(
-        _edge(plan, tile, first),
-        first,
-        tile.low,
-        tile.high,
-        0,
-        (z, -math.inf),
-        (p, 0.0),
-        (z_dot, 0.0),
-    )
-    highest, place, places = _peak(z)
-    here = jnp.where(places == blocks.along(place, z.shape, 0), z_dot, 0.0).sum(axis=1)
-    better = highest > best
-    t_star = jnp.where(better, first + plan.block - place.astype(jnp.int32), t_star)
-    best, before = jnp.where(better, highest, best), at_max
-    at_max = jnp.where(better, here, before)
+    z, p, z_dot = _masked(plan, tile, first, (z, -math.inf), (p, 0.0), (z_dot, 0.0))
+    best, t_star, better, peak = _higher(plan, z, first, best, t_star)
+    at_max = jnp.where(better, jnp.where(peak, z_dot, 0.0).sum(axis=1), before)
     distance = p * (z_dot - blocks.along(at_max, z.shape, 0))
     centred += (before - at_max) * probability + distance.sum(axis=1)
     probability += p.sum(axis=1)
@@ -509,12 +473,11 @@ BEST, Z_DOT_AT_MAX, PROBABILITY, CENTRED_SUM, ROUNDED_SUM = range(5)
 def _store(
     plan: DerivativePlan,
     task: RowTask,
-    refs: Mapping[str, Any],
+    refs: Refs,
     work: _RowWork,
     tile: _Tile,
     wg: Any,
     state: Any,
-    scratch: Mapping[str, Any],
 ) -> None:
     """Copies a warpgroup's results to global memory."""
     partial = work.stretch if plan.tiles_apart else work.stretch * plan.warpgroups + wg
@@ -525,14 +488,14 @@ def _store(
         best, t_star, *rest = state if task.name == "peaks" else state[1:]
         sums = () if task.name == "peaks" else state[0]
         for line, x in enumerate((best, *rest)):
-            scratch["out_statistics"][wg, line] = x
-        scratch["out_t_star"][wg] = t_star
+            refs.out_statistics[wg, line] = x
+        refs.out_t_star[wg] = t_star
         plgpu.commit_smem()
         at = (partial, work.b, work.head, tile.number)
-        plgpu.copy_smem_to_gmem(scratch["out_statistics"].at[wg], refs["statistics"].at[at])
-        plgpu.copy_smem_to_gmem(scratch["out_t_star"].at[wg], refs["peak"].at[at])
+        plgpu.copy_smem_to_gmem(refs.out_statistics.at[wg], refs.statistics.at[at])
+        plgpu.copy_smem_to_gmem(refs.out_t_star.at[wg], refs.peak.at[at])
     if sums:
         rows = pl.ds(tile.number * WGMMA_ROWS, WGMMA_ROWS)
-        ref = refs["result"].at[partial, work.b, rows, work.head]
-        blocks.store(scratch["staging"].at[wg], sums, ref)
+        ref = refs.result.at[(partial, *plan.at(work.b, rows, work.head))]
+        blocks.store(refs.staging.at[wg], sums, ref)
     plgpu.wait_smem_to_gmem(0)

@@ -64,12 +64,21 @@ def down_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def logits(params: RaggedAttentionParams, dots: jax.Array) -> jax.Array:
     """Computes logits in units of log 2 from products <q, k>."""
-    scale, cap = params.softmax_scale, params.logits_soft_cap
-    if cap is None:
-        return dots * (scale * LOG2_E)
-    # tanh x = 1 - 2 / (exp(2 x) + 1)
-    exponential = jnp.exp2(dots * (2 * scale / cap * LOG2_E))
-    return cap * LOG2_E - (2 * cap * LOG2_E) / (exponential + 1)
+    if params.logits_soft_cap is None:
+        return dots * (params.softmax_scale * LOG2_E)
+    return capped(params.logits_soft_cap, cap_remainder(params, dots))
+
+
+def cap_remainder(params: RaggedAttentionParams, dots: jax.Array) -> jax.Array:
+    """Computes r = 1 / (exp(2 x) + 1) for x = scale <q, k> / cap; tanh x = 1 - 2 r."""
+    assert params.logits_soft_cap is not None
+    twice = 2 * params.softmax_scale / params.logits_soft_cap * LOG2_E
+    return 1 / (jnp.exp2(dots * twice) + 1)
+
+
+def capped(cap: float, remainder: jax.Array) -> jax.Array:
+    """Computes logits cap tanh x in units of log 2 from `cap_remainder`."""
+    return cap * LOG2_E - (2 * cap * LOG2_E) * remainder
 
 
 def masked(x: jax.Array, first: Any, low: jax.Array, high: jax.Array) -> jax.Array:
