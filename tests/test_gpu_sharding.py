@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+import oracle
 from cases import Case, Operands, assert_close, tolerance
 from jax_ragged import merge_partials, ragged_attention
 from lowerings import gpus
 from programs import collectives, made
 
 CASE = Case("", (128, 0, 65, 9), (3, 0, 0, -4), Hq=8, Hkv=2, S=128, D=64, Dv=64, dtype="bfloat16")
+# So many queries that the gradients of the cache have a kernel of their own.
+ENDS = (tuple(range(1, 97)),) * 4
+MANY = Case("", ENDS, Q=96, Hq=4, Hkv=2, S=96, D=64, Dv=64, dtype="bfloat16")
 MOVES = ("all-gather", "all-to-all", "collective-permute", "dynamic-slice", "copy", "transpose")
 
 
@@ -90,18 +94,36 @@ def test_cache_split_by_sequence() -> None:
 
 
 @over
-def test_gradients(shape: tuple[int, int]) -> None:
-    """The plain form, split as the call is; compared with those on one device."""
+@pytest.mark.parametrize("kind", ["explicit", "automatic", "shard_map"])
+@pytest.mark.parametrize("case", [CASE, MANY], ids=["few", "many"])
+def test_gradients(case: Case, kind: str, shape: tuple[int, int]) -> None:
+    """Kernels for each shard, and nothing of the cache or of its gradients is moved."""
+    mesh = _mesh(AxisType.Explicit if kind == "explicit" else AxisType.Auto, shape)
+    rows = (None,) if case.Q else ()
+    results = P("data", *rows, "model")
+    specs = (results, *ROWS_AND_HEADS[1:])
+    call: Any = attend
+    if kind == "automatic":
+        call = functools.partial(attend, partition=results)
+    elif kind == "shard_map":
+        call = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=results)
 
-    def loss(query: Any, key: Any, value: Any, *windows: Any) -> Any:
-        return (ragged_attention(query, key, value, *windows).out.astype("float32") ** 2).sum()
+    def gradients(out_bar: Any, operands: Operands) -> Any:
+        return jax.vjp(lambda *x: call(*x, *operands[3:]).out, *operands[:3])[1](out_bar)
 
-    grad = jax.jit(jax.grad(loss, (0, 1, 2)))
-    operands = CASE.operands()
-    expected = grad(*(jax.device_put(x, gpus()[0]) for x in operands))
-    mesh = _mesh(AxisType.Explicit, shape)
+    operands, out_bar = case.operands(), case.cotangents()[0]
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
     with jax.set_mesh(mesh):
-        shardings = [NamedSharding(mesh, s) for s in ROWS_AND_HEADS]
-        actual = grad(*map(jax.device_put, operands, shardings))
+        placed = Operands(*map(jax.device_put, operands, shardings))
+        program = jax.jit(gradients).lower(jax.device_put(out_bar, shardings[0]), placed).compile()
+        actual = program(jax.device_put(out_bar, shardings[0]), placed)
+    text = str(program.as_text())
+    assert collectives(text) == {}
+    # The forward's, which may be two, and those of the gradients.
+    assert text.count('custom_call_target="mosaic_gpu_v2"') >= 2
+    shard = operands.key.size // 2
+    assert [line for size, line in made(text, *MOVES) if size >= shard] == []
+    expected = oracle.vjp(*operands, (out_bar, None, None), **case.definition)
     for got, want in zip(actual, expected, strict=True):
-        assert_close(got, np.asarray(want, np.float64), 2 * tolerance(CASE), name="gradient")
+        # As in test_gpu_derivatives.
+        assert_close(got, want, 2 * tolerance(case), scale=np.abs(want).max(), name="gradient")
