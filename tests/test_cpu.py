@@ -149,6 +149,39 @@ def test_few_rows_wake_no_threads(Hq: int) -> None:
     assert "kind=kCustom" not in hlo
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_float_of_8_bits(dtype: str) -> None:
+    """Each is what it stands for, numbers below the least normal one included.
+
+    A window of one position has the weight 1 there, and the logit of a query of 1 is the key.
+    """
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype))
+    cache, lengths = numbers.reshape(256, 1, 1, 1), np.ones(256, np.int32)
+    call: Any = functools.partial(ragged_attention, block_size=1, implementation="kernel")
+    ones = np.ones((256, 1, 1), np.float32)
+    out = call(ones, np.ones_like(cache), cache, lengths).out
+    wide = numbers.astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(out)[:, 0, 0], wide)
+    finite = np.isfinite(wide)
+    logits = call(ones, cache, np.ones_like(cache), lengths).max_logits
+    np.testing.assert_array_equal(np.asarray(logits)[finite, 0], wide[finite])
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_floats_of_8_bits_are_widened_by_their_bits(dtype: str) -> None:
+    """XLA's own conversion takes several times as long as the products do."""
+    query, key, value, lengths = _operands(4096, "float32")
+    operands = query, key.astype(dtype), value.astype(dtype), lengths
+
+    def conversions(implementation: Any) -> list[str]:
+        run = functools.partial(ragged_attention, implementation=implementation)
+        text = jax.jit(run).lower(*operands).as_text()
+        return re.findall(r"stablehlo.convert .*: \(tensor<[\dx]*xf8\w+>\)", text)
+
+    assert not conversions("kernel")
+    assert conversions("reference")
+
+
 LAYERS = list(itertools.product((1, 2), DTYPES))
 
 

@@ -30,6 +30,7 @@ _RowState = TypeVar("_RowState")
 # the result of one operation is still in a core's cache when the next reads it.
 _POSITIONS = 32
 _LEAST_ELEMENTS, _MOST_ELEMENTS = 1 << 13, 1 << 16
+_FLOAT8 = (jnp.dtype("float8_e4m3fn"), jnp.dtype("float8_e5m2"))
 # Up to so many pages of a block are sliced one by one, more are gathered.
 _PIECES = 8
 # Positions that are worth waking threads for.
@@ -282,7 +283,8 @@ def _widened(x: jax.Array, at: _Place, read: Callable[[jax.Array, _Place], jax.A
     """A block of x, widened.
 
     XLA would rather widen a narrow cache as a whole, ahead of the loops. It cannot if the cache
-    comes by way of a value that changes with every step, and, for bfloat16, as bits.
+    comes by way of a value that changes with every step, and, for bfloat16, as bits. Its own
+    conversion of 8-bit floats takes several times as long as the products do.
     """
     wide = statistics_dtype(x.dtype)
     if x.dtype == wide:
@@ -292,7 +294,26 @@ def _widened(x: jax.Array, at: _Place, read: Callable[[jax.Array, _Place], jax.A
     if x.dtype == jnp.bfloat16:
         bits = read(lax.bitcast_convert_type(x, jnp.uint16), at)
         return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+    if x.dtype in _FLOAT8:
+        return _float8(read(lax.bitcast_convert_type(x, jnp.int8), at), x.dtype).astype(wide)
     return read(x, at).astype(wide)
+
+
+def _float8(bits: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The float32 that int8 holds the bits of, exactly.
+
+    float16 has 5 bits of exponent and 10 of mantissa. float8_e5m2 is its upper half. float8_e4m3fn
+    has one bit of exponent less and 3 of mantissa: moved to the place of float16's, with the sign
+    before them, it is 2**-8 of its value, numbers below the least normal one included. All bits
+    set but the sign's, then 480, stand for NaN.
+    """
+    half = bits.astype(jnp.int16)
+    if dtype == jnp.float8_e5m2:
+        return lax.bitcast_convert_type(half << 8, jnp.float16).astype(jnp.float32)
+    # Behind the 7 moved bits come two signs.
+    half = (half << 7) & jnp.int16(-(1 << 14) - 1)
+    x = lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 256
+    return jnp.where(jnp.abs(x) == 480, jnp.nan, x)
 
 
 def zero_cache(shape: tuple[int, ...], dtype: DTypeLike, tie: jax.Array) -> jax.Array:
