@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jax_ragged._arguments import ArrayLike, array, saturated_int32
 from jax_ragged.lowering.cache import NARROW
 from jax_ragged.lowering.params import CacheLayout, statistics_dtype
+from jax_ragged.lowering.sharding import split_as
 
 _NARROW_NAMES = ", ".join(dtype.name for dtype in NARROW)
 
@@ -220,6 +221,11 @@ def canonical(
         ones = tuple(range(rank)) if pool else tuple(range(1, rank))
         # Nothing is done to a cache that is canonical: debug_nans would report it for its padding.
         operands[name] = jnp.expand_dims(x, ones) if ones else x
+    heads = -2 if layout == "BSHD" else -3  # of key; a scale lacks the dimension behind them
+    for name in ("key_scale", "value_scale"):
+        if name in operands:
+            key = operands["key"]
+            operands[name] = split_as(operands[name], key, key.ndim + heads)
     return operands
 
 

@@ -57,6 +57,23 @@ def split_alike(operands: Sequence[jax.Array], rank: int) -> tuple[jax.Array, ..
     return tuple(resharded)
 
 
+def split_as(x: jax.Array, other: jax.Array, axis: int) -> jax.Array:
+    """Splits a replicated dimension of x over the explicit mesh axes that split the other's.
+
+    As with `split_alike`, a dimension of size 1 stays whole.
+    """
+    aval, like = jax.typeof(x), jax.typeof(other)
+    mesh, axes = like.sharding.mesh, like.sharding.spec[axis]
+    if mesh.empty or axes is None or aval.shape[axis] == 1:
+        return x
+    spec = list(aval.sharding.spec)
+    used = {name for entry in spec for name in axis_names(entry)}
+    if spec[axis] is not None or used.intersection(axis_names(axes)):
+        return x
+    spec[axis] = axes
+    return _with_spec(x, mesh, PartitionSpec(*spec))
+
+
 def result_type(
     shape: Sequence[int], dtype: jax.typing.DTypeLike, operand: jax.Array
 ) -> jax.ShapeDtypeStruct:
