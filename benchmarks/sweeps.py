@@ -41,7 +41,7 @@ class Sweep:
 
 def print_sweeps(title: str, sweeps: tuple[Sweep, ...]) -> None:
     """Prints what `read` reads."""
-    print(f"\n### {_TITLE}{title}")
+    print(f"\n## {_TITLE}{title}")
     for sweep in sweeps:
         sweep.print()
 
