@@ -405,7 +405,7 @@ def _save(rows: list[Row]) -> None:
         "# Schedules of the TPU kernels\n\n"
         "Written by `python -m benchmarks.tpu_schedule --save` with jax "
         f"{jax.__version__} and libtpu {importlib.metadata.version('libtpu')}; "
-        "[tpu.md](tpu.md) explains the columns.\n\n"
+        "[On TPUs](tpu.md) explains the columns.\n\n"
     )
     text = title + "\n".join(_lines(rows)) + "\n\n![ratios](tpu_schedule.png)\n"
     (docs / "tpu_schedule.md").write_text(text)
