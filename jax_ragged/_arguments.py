@@ -44,9 +44,10 @@ def array(operation: str, name: str, x: Any) -> jax.Array | np.ndarray[Any, Any]
 
 def _no_array(operation: str, name: str, x: Any) -> TypeError:
     dtype = f" of {x.dtype}" if isinstance(x, np.ndarray) else ""
+    whole = " For windows of the whole cache, pass S." if name == "lengths" and x is None else ""
     return TypeError(
         f"{operation}: {name} must be an array, or anything that jnp.asarray turns into one; "
-        f"got {type(x).__name__}{dtype}. Pass an array of numbers."
+        f"got {type(x).__name__}{dtype}. Pass an array of numbers.{whole}"
     )
 
 

@@ -50,18 +50,25 @@ def _either(*shapes: tuple[int, ...]) -> str:
     return " or ".join(dict.fromkeys(map(str, shapes)))
 
 
+def _of_mask(name: str, rank: int) -> str:
+    """Advice for a mask [..., S] where windows are wanted."""
+    windows = "mask.sum(axis=-1)" if name == "lengths" else "mask.argmax(axis=-1)"
+    shape = ", reshaped to [B] or [B, Q]" if rank > 2 else ""
+    return f"Of a mask over the S positions of the cache, pass {windows}{shape}."
+
+
 def _window_dtype_advice(name: str, x: Any) -> str:
-    if x.dtype != bool:
-        return f"Pass positions of the cache, {name}.astype(jnp.int32)."
-    ends = "mask.sum(axis=-1)" if name == "lengths" else "mask.argmax(axis=-1)"
-    return f"Of a mask over the S positions of the cache, pass {ends}."
+    if x.dtype == bool:
+        return _of_mask(name, x.ndim)
+    if x.ndim > 2:
+        return f"The argument {name} is no bias: a bias of the logits is not taken."
+    return f"Pass positions of the cache, {name}.astype(jnp.int32)."
 
 
 def _window_shape_advice(name: str, x: Any, rows: tuple[int, ...], S: int) -> str:
     """Advice for windows of a shape that users have from elsewhere."""
     if x.ndim > 1 and x.shape[-1] == S and x.shape[0] == rows[0]:
-        ends = "mask.sum(axis=-1)" if name == "lengths" else "mask.argmax(axis=-1)"
-        return f" Of a mask over the {S} positions of the cache, pass {ends}."
+        return f" {_of_mask(name, x.ndim)}"
     if x.shape == (rows[0], 1):
         return f" Pass {name}[:, 0]."
     if x.shape == (1,):
@@ -77,10 +84,10 @@ def _window_shape_advice(name: str, x: Any, rows: tuple[int, ...], S: int) -> st
 def _check_sinks(query: Any, sinks: Any) -> None:
     Hq = query.shape[-2]
     if sinks.shape != (Hq,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
+        advice = "sinks.reshape(-1)" if sinks.size == Hq else "jnp.full(Hq, sink) for one sink"
         raise ValueError(
             "ragged_attention: sinks must have shape [Hq] and a float dtype, one logit for each "
-            f"query head; got {sinks.dtype}{list(sinks.shape)} for Hq = {Hq}. Pass jnp.full(Hq, "
-            "sink) for one sink in all heads."
+            f"query head; got {sinks.dtype}{list(sinks.shape)} for Hq = {Hq}. Pass {advice}."
         )
 
 
@@ -137,9 +144,10 @@ def _out_dtype(out_dtype: DTypeLike | None, query: Any) -> str | None:
     own = jax.dtypes.canonicalize_dtype(query.dtype)  # numpy's float64 enters JAX as float32
     wide = statistics_dtype(own).name
     if name not in (own.name, wide):
+        statistics = "" if wide == own.name else f", or the dtype of the statistics, {wide}"
         raise TypeError(
-            f"ragged_attention: out_dtype must be the dtype of query, {own}, or the dtype of the "
-            f"statistics, {wide}; got {name}. Cast out with .astype."
+            f"ragged_attention: out_dtype must be the dtype of query, {own}{statistics}; "
+            f"got {name}. Cast out with .astype."
         )
     return None if name == own.name else name
 

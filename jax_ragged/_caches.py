@@ -89,7 +89,7 @@ def check_shapes(query: Any, cache: CacheArguments, layout: CacheLayout) -> None
         if x.ndim != 4:
             raise ValueError(
                 f"ragged_attention: {name} must have shape {letters(layout, paged, head_dim)}; "
-                f"got {name} {x.shape} for query {query.shape}. {_rank_advice(name, x.ndim)}"
+                f"got {name} {x.shape} for query {query.shape}. {_rank_advice(name, x, query)}"
             )
     if paged and (cache.page_table.ndim != 2 or cache.page_table.shape[0] != B):
         raise ValueError(
@@ -140,7 +140,8 @@ def check_shapes(query: Any, cache: CacheArguments, layout: CacheLayout) -> None
             raise ValueError(
                 f"ragged_attention: {name} must broadcast against "
                 f"{letters(layout, paged, '')[:-3]}] = {cache.key.shape[:3]}; got {scale.shape}. "
-                "Pass a scalar, one scale for each head [Hkv], or one for each token and head."
+                "Pass a scalar, one scale for each head [Hkv], or one for each token and head; "
+                f"a dimension of 1 shares a scale, as in {name}[:, None] for each row and head."
             )
 
 
@@ -158,14 +159,19 @@ def _dtype_advice(name: str, dtype: Any) -> str:
     return "Quantise the cache with jax_ragged.quantize_cache."
 
 
-def _rank_advice(name: str, rank: int) -> str:
-    if rank == 5:
+def _rank_advice(name: str, x: Any, query: Any) -> str:
+    if x.ndim == 5 and x.shape[-1] == query.shape[-1]:
         return (
             "Map further dimensions with jax.vmap; read a stack of layers [L, B, S, Hkv, D] as "
             f"L * B pages of S positions, {name}.reshape(L * B, S, Hkv, D), with page_table=."
         )
-    if rank == 3:
+    if x.ndim == 3 and x.shape[0] == query.shape[0]:
         return f"Insert the dimension of one head, {name}[:, :, None]."
+    if x.ndim == 3:
+        return (
+            "Packed sequences [tokens, Hkv, D] are not taken: give each row a cache of its own, or "
+            "keep the tokens in pages and pass page_table=."
+        )
     return "Map further dimensions with jax.vmap."
 
 
@@ -183,11 +189,19 @@ def _layout_advice(query: Any, cache: CacheArguments, layout: CacheLayout) -> st
     if not paged and shape[0] != B and (fits(layout) or fits(other)):
         also = "" if fits(layout) else f" and cache_layout={other!r}"
         pool = letters(layout if fits(layout) else other, True, "D")
-        return f" For a pool of pages {pool}, pass page_table=, integers [B, W],{also} too."
+        swapped = (
+            " Keep a cache [S, B, Hkv, D] as [B, S, Hkv, D]: a transpose copies it at every step."
+            if shape[1] == B and fits(layout) and layout == "BSHD"
+            else ""
+        )
+        return (
+            f" For a pool of pages {pool}, pass page_table=, integers [B, W],{also} too.{swapped}"
+        )
     if fits(other) and not fits(layout):
         return f" For a cache {of_other}, pass cache_layout={other!r}."
-    if query.ndim == 4 and fits(layout, query.shape[1]):
-        return " For a query [B, Hq, Q, D], pass jnp.swapaxes(query, 1, 2)."
+    if query.ndim == 4 and (fits(layout, query.shape[1]) or fits(other, query.shape[1])):
+        also = "" if fits(layout, query.shape[1]) else f", and cache_layout={other!r}"
+        return f" For a query [B, Hq, Q, D], pass jnp.swapaxes(query, 1, 2){also}."
     if shape[2] == D and shape[3] != D:
         return " The head dimension D comes last in every layout."
     return ""

@@ -206,7 +206,7 @@ def costs(fn_or_jaxpr: Callable[..., Any] | Any, *args: Any) -> Costs:
     if not isinstance(jaxpr, Jaxpr):
         raise TypeError(
             "costs: fn_or_jaxpr must be a function or a jaxpr; "
-            f"got {fn_or_jaxpr!r} of type {type(fn_or_jaxpr).__name__}. "
+            f"got {type(fn_or_jaxpr).__name__}. "
             "Pass the function and its arguments: costs(fn, *args)."
         )
     if args and len(args) != len(jaxpr.invars):

@@ -129,7 +129,7 @@ _OTHERWISE: dict[str, tuple[str, str]] = {
         (
             "interpret interpret_mode",
             "implementation",
-            "Call inside jax.experimental.pallas.tpu.force_tpu_interpret_mode().",
+            "Call under jax.experimental.pallas.tpu.force_tpu_interpret_mode().",
         ),
     )
     for name in names.split()
@@ -141,14 +141,14 @@ def _advice(name: str, parameters: Mapping[str, object], beyond: Mapping[str, st
     """A sentence about a keyword that is not among the parameters, or None to let Python speak."""
     if name in _OTHERWISE:
         ours, advice = _OTHERWISE[name]
-        return advice if ours in parameters else None
+        return f"{name}: {advice}" if ours in parameters else None
     ours = _OURS.get(name, name)
     if ours in parameters:
-        return f"It is called {ours} here."
+        return f"{name} is called {ours} here."
     if ours in beyond:
-        return beyond[ours]
+        return f"{name}: {beyond[ours]}"
     close = difflib.get_close_matches(name, parameters, n=1)
-    return f"Did you mean {close[0]}?" if close else None
+    return f"{name}: Did you mean {close[0]}?" if close else None
 
 
 def teaches(
@@ -167,12 +167,12 @@ def teaches(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if not known.issuperset(kwargs):
-                name = next(name for name in kwargs if name not in known)
-                advice = _advice(name, parameters, beyond or {})
-                if advice is not None:
+                unknown = [name for name in kwargs if name not in known]
+                answers = [_advice(name, parameters, beyond or {}) for name in unknown]
+                if any(answers):
                     raise TypeError(
-                        f"{function.__name__}() got an unexpected keyword argument {name!r}. "
-                        f"{advice}"
+                        f"{function.__name__}() got an unexpected keyword argument "
+                        f"{unknown[0]!r}. {' '.join(filter(None, answers))}"
                     )
             return function(*args, **kwargs)
 

@@ -142,7 +142,9 @@ class RaggedAttentionParams:
             ):
                 raise TypeError(
                     "ragged_attention: block_size must be a Python int or None; "
-                    f"got {self.block_size!r} of type {type(self.block_size).__name__}."
+                    f"got {self.block_size!r} of type {type(self.block_size).__name__}. "
+                    "Pass None to let the lowering choose; in jax.jit, mark it with "
+                    "static_argnames."
                 )
             if self.block_size <= 0:
                 raise ValueError(
@@ -153,7 +155,8 @@ class RaggedAttentionParams:
         if self.implementation not in (None, "reference", "kernel"):
             raise ValueError(
                 "ragged_attention: implementation must be 'reference', 'kernel' or None; "
-                f"got {self.implementation!r}."
+                f"got {self.implementation!r}. 'reference' is plain XLA, and None takes the kernel "
+                "of the platform where it has one for the call."
             )
         if self.partition is not None and not isinstance(self.partition, PartitionSpec):
             raise TypeError(

@@ -258,7 +258,8 @@ def _check_partition(operands: Checked, partition: PartitionSpec, mesh: Abstract
     if mesh.empty and used:
         raise ValueError(
             f"{primitive}: partition names axes of a mesh; got {partition} where there is none. "
-            "Call under jax.set_mesh(mesh), or leave partition out on one device."
+            "Call under jax.set_mesh(mesh), pass a NamedSharding, or leave partition out on one "
+            "device."
         )
     if not set(used) <= auto or len(set(used)) < len(used):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from typing import Any
 
 import jax
@@ -93,6 +94,9 @@ OPERANDS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": "q"}, TypeError, "query must be an array.*got str"),
     ({"query": np.array([None])}, TypeError, "query must be an array.*got ndarray of object"),
     ({"key": None}, TypeError, "key must be an array.*got NoneType"),
+    ({"lengths": None}, TypeError, "lengths must .*NoneType.*windows of the whole cache, pass S"),
+    ({"lengths": np.zeros((3, 2, 1, 6), F32)}, TypeError, "lengths must .*lengths is no bias"),
+    ({"lengths": np.ones((3, 1, 1, 6), bool)}, TypeError, r"lengths must .*reshaped to \[B\] or"),
     (
         {"value": jax.ShapeDtypeStruct((3, 6, 1, 3), F32)},
         TypeError,
@@ -121,11 +125,12 @@ PARAMETERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"softmax_scale": 10**400}, ValueError, "softmax_scale must be finite; got inf"),
     ({"mask_value": -np.inf}, ValueError, "mask_value must be finite; got -inf"),
     ({"mask_value": -1e39}, ValueError, "mask_value must be finite in float32; got -1e"),
+    ({"block_size": "auto"}, TypeError, "block_size must .*let the lowering.*static_argnames"),
     ({"block_size": 0}, ValueError, "block_size must be positive; got 0.*None"),
     ({"block_size": -8}, ValueError, "block_size must be positive; got -8"),
     ({"block_size": 8.0}, TypeError, "block_size must be a Python int or None; got 8.0.*float"),
     ({"block_size": True}, TypeError, "block_size must be a Python int or None.*bool"),
-    ({"implementation": "fast"}, ValueError, "implementation must be 'reference'"),
+    ({"implementation": "xla"}, ValueError, "implementation must be 'reference'.* is plain XLA"),
     ({"out_dtype": "nothing"}, TypeError, "out_dtype must be a dtype or None; got 'nothing'.*str"),
     ({"out_dtype": 1.5}, TypeError, "out_dtype must be a dtype or None; got 1.5 of type float"),
     ({"out_dtype": "bfloat16"}, TypeError, "out_dtype must be the dtype of query, float32.*bfloat"),
@@ -134,6 +139,7 @@ PARAMETERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"partition": P("x", unreduced=frozenset("y"))}, ValueError, "partition must say how"),
     ({"key_scale": 1}, TypeError, "key_scale must come with a quantised key.*softmax_scale by it"),
     ({"value_scale": 1}, TypeError, "value_scale must come with a .*or multiply out by it"),
+    ({"sinks": np.zeros((1, 2, 1), F32)}, ValueError, r"sinks must .*Pass sinks.reshape\(-1\)"),
     ({"sinks": 0.0}, ValueError, r"sinks must have shape \[Hq\].*jnp.full\(Hq, sink\)"),
 ]  # fmt: skip
 
@@ -232,6 +238,14 @@ LAYOUTS = [
     ((3, 2, 16, 40), (3, 4, 16), {}, "The head dimension D comes last in every layout"),
     ((2, 3, 40, 2, 16), (3, 4, 16), {}, r"pages of S positions, key.reshape\(L \* B.*page_table="),
     ((3, 40, 16), (3, 4, 16), {}, r"Insert the dimension of one head, key\[:, :, None\]"),
+    ((52, 2, 16), (3, 4, 16), {}, r"Packed sequences \[tokens, Hkv, D\] are not taken"),
+    ((40, 3, 2, 16), (3, 4, 16), {}, r"pages.*Keep a cache \[S, B, Hkv, D\] as \[B, S, Hkv, D\]"),
+    (
+        (3, 2, 40, 16),
+        (3, 4, 1, 16),
+        {},
+        r"\[B, Hq, Q, D\], pass jnp.swapaxes\(query, 1, 2\), and cache_layout='BHSD'",
+    ),
 ]  # fmt: skip
 
 
@@ -249,6 +263,15 @@ def test_flat_page_table() -> None:
     query, pool = np.zeros((3, 4, 16), F32), np.zeros((9, 5, 2, 16), F32)
     with pytest.raises(ValueError, match=r"page_table must have shape \[B, W\].*reshape\(B, -1\)"):
         ragged_attention(query, pool, pool, 3, page_table=np.zeros(24, np.int32))
+
+
+def test_scales_of_rows_and_heads() -> None:
+    query, cache = np.zeros((3, 4, 16), F32), np.zeros((3, 40, 2, 16), np.int8)
+    scale = np.ones((3, 2), F32)
+    run = functools.partial(ragged_attention, query, cache, cache, 3)
+    with pytest.raises(ValueError, match=r"key_scale must broadcast .* as in key_scale\[:, None\]"):
+        run(key_scale=scale, value_scale=scale)
+    assert run(key_scale=scale[:, None], value_scale=scale[:, None]).out.shape == (3, 4, 16)
 
 
 def test_integer_scales() -> None:
@@ -325,8 +348,19 @@ def test_every_keyword_of_jax_has_an_answer() -> None:
     others = set(parameters) - set(ours)
     assert {"bias", "mask", "scale", "is_causal", "key_value_seq_lengths"} <= others
     for name in others:
-        with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'\. [A-Z]"):
+        with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'\. {name}"):
             BOTH[0](*SMALL.operands(), **{name: None})
+
+
+def test_all_keywords_at_once() -> None:
+    """The call of FlashAttention's users."""
+    query, key, value, lengths, _ = SMALL.operands()
+    answers = (
+        "'k_cache'. k_cache is called key here. v_cache is called value here. "
+        "cache_seqlens is called lengths here. causal: Pass a window for each query"
+    )
+    with pytest.raises(TypeError, match=re.escape(answers)):
+        BOTH[0](query, k_cache=key, v_cache=value, cache_seqlens=lengths, causal=True)
 
 
 def test_unlike_any_keyword() -> None:
