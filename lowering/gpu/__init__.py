@@ -39,6 +39,8 @@ from jax_ragged.lowering.params import RaggedAttentionParams
 
 # The unit of head dimensions, and their limit: what registers and shared memory hold.
 _HEAD_DIM_UNIT, _MOST_HEAD_DIM = 16, 256
+# The block size of the schedule for few queries.
+_BLOCK_SIZE = 64
 # What int32 holds, with room for a block past the end.
 _MOST_POSITIONS = 2**31 - 1024
 # Devices of compute capability 9.0, as JAX names their kind.
@@ -105,6 +107,12 @@ class _GPU(Lowering):
         asked = params.result_dtype(operands.query.dtype)
         out_dtype = asked if asked.itemsize == 2 else jnp.dtype(jnp.float32)
         teams = make_team_plan(operands, params, out_dtype)
+        if teams is None and params.block_size not in (None, _BLOCK_SIZE):
+            raise Unsupported(
+                f"its kernel for few queries reads blocks of {_BLOCK_SIZE} positions, and "
+                f"block_size is {params.block_size}",
+                f"Pass block_size={_BLOCK_SIZE}, or None to let the lowering choose.",
+            )
         if teams is not None:
             results = attend_in_teams(teams, operands)
         else:

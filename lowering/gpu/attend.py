@@ -39,13 +39,12 @@ from jax_ragged.lowering.gpu.softmax import (
 
 
 def _registers(plan: Plan) -> tuple[int, int]:
-    """Registers of a copying and of a computing thread, of a multiprocessor's 65,536.
+    """Registers of a copying and of a computing thread, which have 256 together.
 
-    Page numbers take more of the copying thread's. A thread has at most 255, and those of two
-    streams have 512 together.
+    Page numbers take more of the copying thread's.
     """
     copying = 32 if plan.form.paged else 24
-    return copying, 240 if plan.streams == 1 else 256 - copying
+    return copying, 256 - copying
 
 
 def attend(plan: Plan, refs: Refs) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_ragged.lowering.cache import heads_axis
-from jax_ragged.lowering.contract import Operands, Unsupported
+from jax_ragged.lowering.contract import Operands
 from jax_ragged.lowering.gpu.forms import Form
 from jax_ragged.lowering.gpu.launch import swizzle_columns
 from jax_ragged.lowering.params import RaggedAttentionParams
@@ -16,8 +16,6 @@ from jax_ragged.lowering.params import RaggedAttentionParams
 WGMMA_ROWS = 64
 # The rows whose bytes in shared memory are permuted together ("swizzled").
 SWIZZLE_ROWS = 8
-# The positions that a block can have, the best first.
-_BLOCK_SIZES = (128, 64)
 # Columns of the values that one matrix product takes.
 _CHUNK = 128
 # Positions of a piece: those that are past the end of the window are not copied.
@@ -181,14 +179,11 @@ def _chunk(columns: int, dtype: Any) -> int:
 
 
 def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any) -> Plan:
-    """Returns the plan of a call.
-
-    Raises:
-      Unsupported: for a `block_size` that the kernel does not have.
-    """
+    """Returns the plan of a call."""
     query, key, value = operands[:3]
     B, Q, Hq, D = query.shape
     Hkv, Dv = key.shape[heads_axis(params)], value.shape[3]
+    T = 64
     columns = Hkv * -(-Q * (Hq // Hkv) // WGMMA_ROWS)
     # Two streams hide each other's latencies, if registers hold their sums, but they make twice the
     # parts. With many short segments that is worth it, and with small heads: their logits take as
@@ -198,7 +193,7 @@ def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any)
     itemsize = jnp.dtype(query.dtype).itemsize
     chunk = _chunk(Dv, query.dtype)
 
-    def stages(T: int, pieces: int) -> int:
+    def stages(pieces: int) -> int:
         """The blocks of keys and values that fit into a stream's shared memory."""
         left = (SHARED_MEMORY - _TABLES_BYTES - 4 * 1024) // streams
         # A query, and 32 bits for each column of a piece: half of them for partial results.
@@ -206,27 +201,11 @@ def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any)
         block = T * (D + Dv) * itemsize
         return min(left // block, max(2, _IN_FLIGHT // block))
 
-    # Long blocks pay for their waiting, if two are in flight. Several pieces wait for one another;
-    # they are worth it for a second block in flight.
-    fitting = [
-        (T, pieces)
-        for T in _BLOCK_SIZES
-        for pieces in (1, 2)
-        if stages(T, pieces) > 1 and chunk % (16 * pieces) == 0
-    ]
-    fitting = fitting or [(_BLOCK_SIZES[-1], 1)]
-    chosen = next((x for x in fitting if params.block_size in (None, x[0])), None)
-    if chosen is None:
-        sizes = " or ".join(str(T) for T in sorted({T for T, _ in fitting}))
-        raise Unsupported(
-            f"its kernel for few queries reads blocks of {sizes} positions here, and block_size is "
-            f"{params.block_size}",
-            f"Pass block_size={sizes}, or None to let the lowering choose.",
-        )
-    T, pieces = chosen
+    # Several pieces wait for one another; they are worth it for a second block in flight.
+    pieces = next((n for n in (1, 2) if stages(n) > 1 and chunk % (16 * n) == 0), 1)
     return Plan(
         B, Q, Hq, Hkv, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
-        Form.of(operands, params), T, pieces, streams, stages(T, pieces),
+        Form.of(operands, params), T, pieces, streams, stages(pieces),
         _parts(columns, streams * MULTIPROCESSORS),
     )  # fmt: skip
 
