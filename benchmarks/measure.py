@@ -238,10 +238,10 @@ def _sample(run: Run, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def time_in_turn(
+def samples_in_turn(
     runs: Mapping[str, Run], repeats: int, sample_s: float = 0.005
-) -> dict[str, Times]:
-    """Times every run once a round, so that what disturbs the machine disturbs all alike.
+) -> dict[str, list[float]]:
+    """Seconds of a call of every run, once a round: what disturbs the machine disturbs all alike.
 
     A sample is as many calls as take about `sample_s`, enqueued one after another: what a call
     costs in a loop. One more call goes before each, so that caches are as they leave them.
@@ -255,6 +255,14 @@ def time_in_turn(
         for name, run in runs.items():
             _sample(run, 1)
             samples[name].append(_sample(run, calls[name]))
+    return samples
+
+
+def time_in_turn(
+    runs: Mapping[str, Run], repeats: int, sample_s: float = 0.005
+) -> dict[str, Times]:
+    """The median and the least of the samples of `samples_in_turn`."""
+    samples = samples_in_turn(runs, repeats, sample_s)
     return {name: Times(statistics.median(x), min(x)) for name, x in samples.items()}
 
 
