@@ -233,12 +233,11 @@ def test_equinox_decodes_in_one_equation() -> None:
 # MaxText, by its contract: MaxText is in no package index.
 
 
-def _maxtext_normalised(parts: list[Any]) -> jax.Array:
+def _maxtext_normalised(parts: list[Any]) -> Any:
     """MaxText's merge of results (o, m, l), o not normalised: sum e^(m_p - m) o_p / l."""
     m = jnp.max(jnp.stack([m for _, m, _ in parts]), axis=0)
     total = sum(jnp.exp(m_p - m) * l_p for _, m_p, l_p in parts)
-    merged: jax.Array = sum(jnp.exp(m_p - m) * o_p for o_p, m_p, _ in parts) / total
-    return merged
+    return sum(jnp.exp(m_p - m) * o_p for o_p, m_p, _ in parts) / total
 
 
 @pytest.mark.parametrize("heads", [Hkv, Hq])
