@@ -7,11 +7,11 @@ prompt, a queue of 32 is answered, of 34 to 360 tokens.
 
 Answers are printed as they come. Prompts enter in chunks, and all slots take steps together. The
 keys and values of all layers lie in one stack of pages, which is carried through the scan over
-layers and never copied. A free list hands out the pages; prompts that begin alike share theirs;
-a request waits while too few are free. At the end stand: tokens per second beside the same loop
-with `jax.nn.dot_product_attention`, bytes of cache read a step, the largest difference of the
-logits to full recomputation, what pages and dtypes of the cache save and how far they move the
-logits, and a picture of slots and times.
+layers and never copied. A free list hands out the pages; prompts that begin alike share theirs, and
+the page in which they part is copied; a request waits while too few are free. At the end stand:
+tokens per second beside the same loop with `jax.nn.dot_product_attention`, bytes of cache read a
+step, the largest difference of the logits to full recomputation, what pages and dtypes of the cache
+save and how far they move the logits, and a picture of slots and times.
 """
 
 import argparse

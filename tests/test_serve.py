@@ -194,26 +194,33 @@ class TestModels:
 class TestPages:
     """The free list and the pages that prompts share."""
 
+    @staticmethod
+    def _take(pages: Pages, prompt: list[int], positions: int) -> tuple[list[int], int]:
+        """The pages and how many tokens they share."""
+        taken = pages.take(prompt, positions)
+        assert taken is not None
+        return taken.pages, taken.shared
+
     def test_whole_pages_of_a_common_prefix_are_shared(self) -> None:
         pages = Pages(10, 4)
-        first, held = pages.take([1, 2, 3, 4, 5, 6, 7, 8, 9], 12) or ([], -1)
+        first, held = self._take(pages, [1, 2, 3, 4, 5, 6, 7, 8, 9], 12)
         assert (len(first), held) == (3, 0)
         pages.publish([1, 2, 3, 4, 5, 6, 7, 8, 9], first)
-        second, held = pages.take([1, 2, 3, 4, 5, 6, 0, 0, 9], 9) or ([], -1)
+        second, held = self._take(pages, [1, 2, 3, 4, 5, 6, 0, 0, 9], 9)
         assert (second[0], held) == (first[0], 4)
         assert not set(second[1:]) & set(first)
         assert pages.used == 5
 
     def test_the_last_token_is_never_shared(self) -> None:
         pages = Pages(10, 4)
-        first, _ = pages.take([1, 2, 3, 4], 5) or ([], -1)
+        first, _ = self._take(pages, [1, 2, 3, 4], 5)
         pages.publish([1, 2, 3, 4], first)
-        assert (pages.take([1, 2, 3, 4], 5) or ([], -1))[1] == 0
-        assert (pages.take([1, 2, 3, 4, 5], 5) or ([], -1))[1] == 4
+        assert self._take(pages, [1, 2, 3, 4], 5)[1] == 0
+        assert self._take(pages, [1, 2, 3, 4, 5], 5)[1] == 4
 
     def test_nothing_is_taken_where_too_little_is_free(self) -> None:
         pages = Pages(3, 4)
-        first, _ = pages.take([1] * 5, 5) or ([], -1)
+        first, _ = self._take(pages, [1] * 5, 5)
         pages.publish([1] * 5, first)
         assert pages.take([2] * 5, 5) is None
         assert pages.used == 2
@@ -222,17 +229,39 @@ class TestPages:
 
     def test_a_page_given_away_is_not_found_again(self) -> None:
         pages = Pages(2, 4)
-        first, _ = pages.take([1] * 5, 8) or ([], -1)
+        first, _ = self._take(pages, [1] * 5, 8)
         pages.publish([1] * 5, first)
         pages.release(first)
         assert pages.used == 0
-        again, held = pages.take([1] * 5, 8) or ([], -1)
+        again, held = self._take(pages, [1] * 5, 8)
         assert (again[0], held) == (first[0], 4)
         pages.release(again)
-        other, held = pages.take([2] * 5, 8) or ([], -1)
+        other, held = self._take(pages, [2] * 5, 8)
         assert (sorted(other), held) == ([0, 1], 0)
         pages.release(other)
-        assert (pages.take([1] * 5, 8) or ([], -1))[1] == 0
+        assert self._take(pages, [1] * 5, 8)[1] == 0
+
+    def test_the_page_in_which_prompts_part_is_copied(self) -> None:
+        pages = Pages(10, 4)
+        first, _ = self._take(pages, [1, 2, 3, 4, 5, 6, 7], 9)
+        pages.publish([1, 2, 3, 4, 5, 6, 7], first)
+        taken = pages.take([1, 2, 3, 4, 5, 6, 0, 0, 9], 9)
+        assert taken is not None
+        assert (taken.shared, taken.source, taken.copied) == (4, first[1], 2)
+        assert taken.pages[1] not in first
+        # The longest beginning is taken, and not the last token of the prompt.
+        pages.publish([1, 2, 3, 4, 5, 6, 0, 0, 9], taken.pages)
+        for prompt, source, copied in (
+            ([1, 2, 3, 4, 5, 6, 0, 1], taken.pages[1], 3),
+            ([1, 2, 3, 4, 5, 6, 0], first[1], 2),
+            ([1, 2, 3], first[0], 2),
+            ([1, 2, 3, 4, 5], None, 0),
+            ([9, 2, 3, 4, 5], None, 0),
+        ):
+            other = pages.take(prompt, len(prompt))
+            assert other is not None
+            assert (other.source, other.copied) == (source, copied)
+            pages.release(other.pages)
 
     def test_no_page_is_written_by_two(self) -> None:
         rng = np.random.default_rng(0)
@@ -242,10 +271,10 @@ class TestPages:
             prompt = rng.integers(0, 2, rng.integers(1, 12)).tolist()
             positions = len(prompt) + int(rng.integers(0, 6))
             if (taken := pages.take(prompt, positions)) is not None:
-                own = taken[0][taken[1] // 2 :]
+                own = taken.pages[taken.shared // 2 :]
                 assert all(not set(own) & set(held) for held, _ in under_way)
-                under_way.append((taken[0], prompt))
-                pages.publish(prompt, taken[0])
+                under_way.append((taken.pages, prompt))
+                pages.publish(prompt, taken.pages)
             if len(under_way) > 2 or taken is None:
                 pages.release(under_way.pop(int(rng.integers(len(under_way))))[0])
         for held, _ in under_way:
@@ -274,7 +303,9 @@ class TestServer:
         # The last chunk of a prompt gives the first token, and each step one for each slot in use.
         assert server.pages.used == 0
         assert log.reused == 8 * (len(requests) - 1)
-        assert log.prefilled + log.reused == sum(len(r.prompt) for r in requests)
+        # Of the 10 tokens that all prompts share, 2 are in the page in which they part.
+        assert log.copied == 2 * (len(requests) - 1)
+        assert log.prefilled + log.reused + log.copied == sum(len(r.prompt) for r in requests)
 
     @pytest.mark.parametrize(
         "changes",

@@ -95,6 +95,18 @@ def layer_of(cache: Cache, i: Array, layers: int, dtype: str) -> Cache:
     return Cache(own(cache.key).view(dtype), own(cache.value).view(dtype), *scales)
 
 
+@functools.partial(jax.jit, static_argnames="layers", donate_argnames="cache")
+def copy_page(cache: Cache, source: Any, target: Any, *, layers: int) -> Cache:
+    """Copies one page to another in all layers; the cache is donated, and changed in place."""
+    first = jnp.arange(layers) * (cache.key.shape[0] // layers)
+
+    def copied(x: Array) -> Array:
+        return x.at[first + target].set(x[first + source])
+
+    whole: Cache = jax.tree.map(copied, cache)
+    return whole
+
+
 # (query [B, Q, H, D], cache, page_table [B, W] of this layer, lengths [B, Q]) to [B, Q, H, D].
 Attention = Callable[[Array, Cache, Array, Array], Array]
 

@@ -88,7 +88,9 @@ def run_dense(model: Model, settings: Settings, requests: Sequence[Request]) -> 
 
 def warm(model: Model, settings: Settings) -> None:
     """Compiles the programs of a run."""
-    Server(model, settings).run([Request(0, "", [0], 2)])
+    server = Server(model, settings)
+    server.run([Request(0, "", [0], 2)])
+    server.copy(0, 0)
 
 
 def recomputed(model: Model, requests: Sequence[Request]) -> list[npt.NDArray[Any]]:
@@ -157,9 +159,10 @@ def report(
     """Measures and prints all that the docstring of examples/serve.py promises."""
     checked = [r for r in requests if r.keep]
     print(f"\n{len(requests)} answers in {log.seconds:.1f} s")
+    total = log.prefilled + log.reused + log.copied
     print(
-        f"prompts: {log.prefilled + log.reused:,} tokens, of which {log.reused:,} were found in "
-        f"shared pages; {log.waits} turns waited for free pages"
+        f"prompts: {total:,} tokens, of which {log.reused:,} were found in shared pages and "
+        f"{log.copied:,} in copied ones; {log.waits} turns waited for free pages"
     )
     other = run_dense(model, settings, requests)
     _print_speed(model, settings, log, other)

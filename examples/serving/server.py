@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from serving.model import Attention, empty_cache, ragged, step
+from serving.model import Attention, copy_page, empty_cache, ragged, step
 from serving.pages import Pages
 from serving.weights import Model
 
@@ -66,6 +66,7 @@ class Log:
     step_seconds: list[float] = dataclasses.field(default_factory=list)
     prefilled: int = 0
     reused: int = 0
+    copied: int = 0
     generated: int = 0
     waits: int = 0
     most_pages: int = 0
@@ -173,14 +174,22 @@ class Server:
         if taken is None:
             self.log.waits += 1
             return None
-        pages, shared = taken
+        pages, shared = taken.pages, taken.shared
         index = self.slots.index(None)
-        self.slots[index] = Slot(request, pages, shared, shared)
+        self.slots[index] = Slot(request, pages, shared, shared + taken.copied)
         self.table[index] = -1
         self.table[index, : len(pages)] = pages
         self.log.reused += shared
+        self.log.copied += taken.copied
+        if taken.source is not None:
+            self.copy(taken.source, pages[self.pages.needed(shared)])
         waiting.popleft()
         return index
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies a page of all layers."""
+        layers = self.model.config.layers
+        self.cache = copy_page(self.cache, np.int32(source), np.int32(target), layers=layers)
 
     def _prefill(self, index: int, on_token: Callable[[Request], object]) -> bool:
         """Enters a chunk of a prompt; says whether it was the last, and takes a token then."""
