@@ -54,7 +54,10 @@ def _of_mask(name: str, rank: int) -> str:
     """Advice for a mask [..., S] where windows are wanted."""
     windows = "mask.sum(axis=-1)" if name == "lengths" else "mask.argmax(axis=-1)"
     shape = ", reshaped to [B] or [B, Q]" if rank > 2 else ""
-    return f"Of a mask over the S positions of the cache, pass {windows}{shape}."
+    return (
+        f"Of a mask over the S positions of the cache, pass {windows}{shape}; "
+        "jax_ragged.windows_from_mask(mask) returns lengths and starts."
+    )
 
 
 def _window_dtype_advice(name: str, x: Any) -> str:

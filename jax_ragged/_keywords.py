@@ -53,8 +53,8 @@ _OTHERWISE: dict[str, tuple[str, str]] = {
             "mask attn_mask attention_mask key_mask kv_mask key_padding_mask padding_mask",
             "lengths",
             "Pass where each row's window ends: lengths=mask.sum(axis=-1) for a boolean mask "
-            "[B, S] that is True for the first positions of a row, and starts= for a first "
-            "position other than 0.",
+            "[B, S] that is True for the first positions of a row; for others, "
+            "jax_ragged.windows_from_mask(mask) returns lengths and starts.",
         ),
         (
             "is_causal causal use_causal_mask",

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from jax.core import Tracer
 from jax.experimental import checkify
-from jax.typing import ArrayLike
+
+from jax_ragged._arguments import ArrayLike, array
 
 _ADVICE = (
     "ragged_attention attends to one window a query. Attend to each run of True in a call of its "
@@ -57,8 +58,7 @@ def windows_from_mask(mask: ArrayLike) -> Windows:
       >>> print(windows.lengths, windows.starts)
       [3 4] [0 2]
     """
-    if not isinstance(mask, jax.Array | np.ndarray):
-        mask = jnp.asarray(mask)
+    mask = array("windows_from_mask", "mask", mask)
     if not (mask.dtype == np.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)):
         raise TypeError(
             f"windows_from_mask: mask must be boolean, or integers 0 and 1; got {mask.dtype}. Pass "

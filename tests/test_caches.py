@@ -237,7 +237,7 @@ _INT8 = {"key": jnp.zeros((5, 3, 2, 8), "int8"), "value": jnp.zeros((5, 3, 2, 6)
         (
             {"key": jnp.zeros((5, 2, 8))},
             ValueError,
-            r"key must have shape \[P, T, Hkv, D\]; got \(5, 2, 8\)",
+            r"key must have shape \[P, T, Hkv, D\]; got key \(5, 2, 8\)",
         ),
         ({"page_table": None}, ValueError, r"key must have shape \[B, S, Hkv, D\] with B and D"),
         (
@@ -249,12 +249,12 @@ _INT8 = {"key": jnp.zeros((5, 3, 2, 8), "int8"), "value": jnp.zeros((5, 3, 2, 6)
         (
             {"key": jnp.zeros((5, 2, 3, 8)), "value": jnp.zeros((5, 2, 3, 6))},
             ValueError,
-            "heads of query must be a multiple.*Pass cache_layout='BHSD'",
+            r"heads of query must be a multiple.*cache \[P, Hkv, T, D\], pass cache_layout='BHSD'",
         ),
         (_INT8, TypeError, "key in int8 must come with key_scale.*quantize_cache"),
         ({"key_scale": 1.0}, TypeError, "key_scale must come with a quantised key.*float32"),
         (
-            _INT8 | {"key_scale": 1, "value_scale": 1.0},
+            _INT8 | {"key_scale": np.ones(2, np.int32), "value_scale": 1.0},
             TypeError,
             "key_scale must have a float dtype; got int32",
         ),

@@ -64,7 +64,7 @@ OPERANDS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"lengths": np.ones((3, 6), bool)},
         TypeError,
-        r"lengths must have an integer dtype; got bool\[3, 6\]. Of a mask.*mask.sum\(axis=-1\)",
+        r"lengths must .*; got bool\[3, 6\]. Of a mask.*mask.sum\(axis.*windows_from_mask",
     ),
     ({"starts": np.ones((3, 6), bool)}, TypeError, r"starts must .*pass mask.argmax\(axis=-1\)"),
     ({"starts": np.zeros(3, F32)}, TypeError, "starts must have an integer dtype; got float32"),

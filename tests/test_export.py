@@ -166,7 +166,7 @@ def test_symbolic_heads_that_do_not_divide() -> None:
         jax.ShapeDtypeStruct(export.symbolic_shape(s, scope=scope), d)
         for s, d in (("3, g, 16", "f4"), ("3, 20, h, 16", "f4"), ("3", "i4"))
     )
-    with pytest.raises(ValueError, match="the heads of query must be a multiple of those of key"):
+    with pytest.raises(ValueError, match="heads of query must be a multiple of the heads of key"):
         export.export(jax.jit(ragged_attention))(query, cache, cache, lengths)
 
 
