@@ -181,9 +181,8 @@ def _used(plan: DerivativePlan, task: CacheTask) -> tuple[int, int]:
     """Bytes of shared memory: of what a CTA keeps, and of one stage."""
     itemsize, wgs = plan.dtype.itemsize, _warpgroups(plan)
     row = (plan.D + plan.Dv) * itemsize
-    widths = {"key": plan.D, "value": plan.Dv}
     staging = max(
-        plan.chunk(widths[name], dtype) * jnp.dtype(dtype).itemsize
+        plan.chunk(plan.width(name), dtype) * jnp.dtype(dtype).itemsize
         for name, dtype in task.results.items()
     )
     return wgs * WGMMA_ROWS * (row + staging), WGMMA_ROWS * (row + 7 * 4)
@@ -202,7 +201,6 @@ def shared_memory(plan: DerivativePlan, task: CacheTask) -> int:
 
 def _scratch(plan: DerivativePlan, task: CacheTask) -> dict[str, Any]:
     wgs, stages = _warpgroups(plan), _stages(plan, task)
-    widths = {"key": plan.D, "value": plan.Dv}
     scratch = {
         "key_block": shared_rows((wgs, WGMMA_ROWS, plan.D), plan.dtype),
         "value_block": shared_rows((wgs, WGMMA_ROWS, plan.Dv), plan.dtype),
@@ -216,7 +214,7 @@ def _scratch(plan: DerivativePlan, task: CacheTask) -> dict[str, Any]:
     }
     for name, dtype in task.results.items():
         # Each gradient of the same shape and dtype shares the first's staging.
-        shape = (wgs, WGMMA_ROWS, plan.chunk(widths[name], dtype))
+        shape = (wgs, WGMMA_ROWS, plan.chunk(plan.width(name), dtype))
         scratch.setdefault(_staging(plan, task, name), shared_rows(shape, dtype))
     return scratch
 
@@ -320,7 +318,6 @@ def _compute(plan: DerivativePlan, task: CacheTask, refs: Refs, work: _CacheWork
     first = work.first + wg * WGMMA_ROWS
     stages = _stages(plan, task)
     pl.when(work.count > 0)(lambda: plgpu.barrier_wait(refs.cache_full.at[wg]))
-    widths = {"key": plan.D, "value": plan.Dv}
 
     def step(i: Any, state: Any) -> Any:
         slot = lax.rem(i, stages)
@@ -335,7 +332,7 @@ def _compute(plan: DerivativePlan, task: CacheTask, refs: Refs, work: _CacheWork
         return state
 
     zeros = {
-        name: blocks.accumulators(widths[name], plan.chunk(widths[name], dtype))
+        name: blocks.accumulators(plan.width(name), plan.chunk(plan.width(name), dtype))
         for name, dtype in task.results.items()
     }
     sums = lax.fori_loop(0, work.count, step, zeros)

@@ -104,6 +104,10 @@ class DerivativePlan:
         """The place of query rows in such an operand."""
         return (b, head, rows) if self.packed else (b, rows, head)
 
+    def width(self, name: str) -> int:
+        """The head dimension of an operand, of its tangent and of its gradient."""
+        return self.Dv if name in ("value", "value_dot", "out_bar") else self.D
+
     @property
     def positions(self) -> int:
         """Positions of the cache with its rows joined, in whole tiles of the copy engine."""

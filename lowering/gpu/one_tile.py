@@ -89,7 +89,7 @@ def _chunk(plan: DerivativePlan, task: CacheTask, name: str) -> int:
     """Columns of a gradient that one product makes and that are stored at once."""
     if name == "query":
         return plan.chunk(plan.D, jnp.float32)
-    return plan.chunk(plan.D if name == "key" else plan.Dv, task.results[name])
+    return plan.chunk(plan.width(name), task.results[name])
 
 
 def _used(plan: DerivativePlan, task: CacheTask) -> tuple[int, int]:
@@ -256,8 +256,7 @@ def _dealt(plan: DerivativePlan, wg: Any, begin: Any, end: Any, body: Any, initi
 
 def _zeros(plan: DerivativePlan, task: CacheTask, name: str) -> tuple[jax.Array, ...]:
     """An accumulator [64, D or Dv] of a gradient, in chunks of the columns stored at once."""
-    columns = plan.Dv if name == "value" else plan.D
-    return blocks.accumulators(columns, _chunk(plan, task, name))
+    return blocks.accumulators(plan.width(name), _chunk(plan, task, name))
 
 
 def _zero_outside(windows_ref: Any, key_ref: Any, first: Any) -> None:

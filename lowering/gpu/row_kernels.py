@@ -137,11 +137,6 @@ def run(
     )
 
 
-def _width(plan: DerivativePlan, name: str) -> int:
-    """The head dimension of an operand."""
-    return plan.Dv if name in ("value", "value_dot", "out_bar") else plan.D
-
-
 def _stages(plan: DerivativePlan, task: RowTask) -> int:
     """Blocks of each operand of the cache in flight."""
     used, block = _used(plan, task)
@@ -154,10 +149,10 @@ def _stages(plan: DerivativePlan, task: RowTask) -> int:
 def _used(plan: DerivativePlan, task: RowTask) -> tuple[int, int]:
     """Bytes of shared memory: of what a CTA keeps, and of one stage."""
     itemsize = plan.dtype.itemsize
-    tile = sum(_width(plan, name) for name in task.rows) * itemsize
+    tile = sum(plan.width(name) for name in task.rows) * itemsize
     staging = plan.chunk(task.columns(plan), task.dtype) * jnp.dtype(task.dtype).itemsize
     used = (_tiles_of_cta(plan) * tile + plan.warpgroups * staging) * WGMMA_ROWS
-    return used, plan.block * sum(_width(plan, name) for name in task.cache) * itemsize
+    return used, plan.block * sum(plan.width(name) for name in task.cache) * itemsize
 
 
 def _tiles_of_cta(plan: DerivativePlan) -> int:
@@ -167,13 +162,13 @@ def _tiles_of_cta(plan: DerivativePlan) -> int:
 def _scratch(plan: DerivativePlan, task: RowTask) -> dict[str, Any]:
     stages, tiles = _stages(plan, task), _tiles_of_cta(plan)
     scratch: dict[str, Any] = {
-        f"{name}_tiles": shared_rows((tiles, WGMMA_ROWS, _width(plan, name)), plan.dtype)
+        f"{name}_tiles": shared_rows((tiles, WGMMA_ROWS, plan.width(name)), plan.dtype)
         for name in task.rows
     }
     # A block is of both warpgroups, or of one.
     arrivals = plan.warpgroups if plan.tiles_apart else 1
     for name in task.cache:
-        shape = (stages, plan.block, _width(plan, name))
+        shape = (stages, plan.block, plan.width(name))
         scratch[f"{name}_blocks"] = shared_rows(shape, plan.dtype)
         scratch[f"{name}_full"] = plgpu.Barrier(num_barriers=stages)
         scratch[f"{name}_free"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
@@ -317,7 +312,7 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
             plgpu.barrier_wait(refs[f"{name}_full"].at[slot])
         for name in task.zeroed:
             _zero_outside(plan, refs, work, tile, operands[name], first)
-        state = step(plan, task, tile, operands, first, state)
+        state = step(plan, tile, operands, first, state)
         for name in task.cache:
             plgpu.barrier_arrive(refs[f"{name}_free"].at[slot])
         return state
@@ -389,30 +384,18 @@ def _higher(
 
 
 def _peaks(
-    plan: DerivativePlan,
-    task: RowTask,
-    tile: _Tile,
-    operands: Mapping[str, Any],
-    first: Any,
-    state: Any,
+    plan: DerivativePlan, tile: _Tile, operands: Mapping[str, Any], first: Any, state: Any
 ) -> Any:
     """One block's part of the peaks."""
-    del task
     (s,) = blocks.dots((operands["query"], operands["key"]))
     (z,) = _masked(plan, tile, first, (blocks.logits(plan, s)[0], -math.inf))
     return _higher(plan, z, first, *state)[:2]
 
 
 def _cotangent(
-    plan: DerivativePlan,
-    task: RowTask,
-    tile: _Tile,
-    operands: Mapping[str, Any],
-    first: Any,
-    state: Any,
+    plan: DerivativePlan, tile: _Tile, operands: Mapping[str, Any], first: Any, state: Any
 ) -> Any:
     """One block's part of q_bar / scale."""
-    del task
     assert tile.log_sum is not None
     assert tile.delta is not None
     s, p_bar = blocks.dots(
@@ -426,12 +409,7 @@ def _cotangent(
 
 
 def _tangents(
-    plan: DerivativePlan,
-    task: RowTask,
-    tile: _Tile,
-    operands: Mapping[str, Any],
-    first: Any,
-    state: Any,
+    plan: DerivativePlan, tile: _Tile, operands: Mapping[str, Any], first: Any, state: Any
 ) -> Any:
     """One block's part of sum p z_dot v + sum p v_dot, and the statistics.
 
@@ -441,9 +419,9 @@ def _tangents(
     assert tile.log_sum is not None
     sums, best, t_star, before, probability, centred, rounded = state
     pairs = [(operands["query"], operands["key"])]
-    if "query_dot" in task.rows:
+    if "query_dot" in operands:
         pairs.append((operands["query_dot"], operands["key"]))
-    if "key_dot" in task.cache:
+    if "key_dot" in operands:
         pairs.append((operands["query"], operands["key_dot"]))
     s, *parts = blocks.dots(*pairs)
     z, dz_ds = blocks.logits(plan, s)
@@ -461,7 +439,7 @@ def _tangents(
     rounded += weights.astype(jnp.float32).sum(axis=1)
     if parts:
         (sums,) = blocks.accumulate((sums, weights, operands["value"]))
-    if "value_dot" in task.cache:
+    if "value_dot" in operands:
         (sums,) = blocks.accumulate((sums, p.astype(plan.dtype), operands["value_dot"]))
     return sums, best, t_star, at_max, probability, centred, rounded
 
