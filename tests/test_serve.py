@@ -1,6 +1,7 @@
 """examples/serve.py: models in files, the pages, continuous batching, the report, the command."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -89,6 +90,21 @@ def _through_pages(model: weights.Model, tokens: list[int], attention: Any = rag
     return logits[0]
 
 
+def _best_merges(text: str) -> list[str]:
+    """How SentencePiece cuts text: the pair of neighbours with the best score is next, leftmost."""
+    scores = {piece: score for piece, (score, _) in tiny_model.pieces().items()}
+    parts = list(text.replace(" ", "\u2581"))
+    while pairs := [
+        (-scores[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores
+    ]:
+        _, i = min(pairs)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    written = [
+        [part] if part in scores else [f"<0x{x:02X}>" for x in part.encode()] for part in parts
+    ]
+    return list(itertools.chain.from_iterable(written))
+
+
 class TestModels:
     """Files are read as Hugging Face's transformers reads them: see tests/data."""
 
@@ -155,8 +171,8 @@ class TestModels:
                 "the architecture llama; got mamba",
             ),
             (
-                lambda path: tiny_model.write_gguf(path / "m", tokenizer="llama"),
-                "must be gpt2, byte-level BPE; got llama. Pass the model's folder",
+                lambda path: tiny_model.write_gguf(path / "m", tokenizer="bert"),
+                "SentencePiece's BPE; got bert. Pass the model's folder",
             ),
             (
                 lambda path: tiny_model.write_gguf(path / "m", pre="other"),
@@ -181,6 +197,27 @@ class TestModels:
     ) -> None:
         with pytest.raises(ModelError, match=re.escape(message)):
             weights.load(write(tmp_path))
+
+    def test_sentence_piece(self, folder: pathlib.Path) -> None:
+        """A GGUF with the tokenizer of Llama 2: its tokens, text, and answers."""
+        path = tiny_model.write_gguf(folder / "pieces.gguf", tokenizer="llama")
+        loaded = weights.load(path)
+        names = list(tiny_model.pieces())
+        for text in (
+            "the other in the there",
+            "a  hat.  There?",
+            "\N{SNOWMAN} and \N{GREEK SMALL LETTER ALPHA}",
+            "t",
+            "",
+        ):
+            tokens = loaded.text.prompt(text)
+            assert names[tokens[0]] == "<s>"
+            assert [names[i] for i in tokens[1:]] == _best_merges(f" [INST] {text} [/INST]")
+            assert loaded.text.decode(tokens) == f"[INST] {text} [/INST]"
+        assert loaded.text.ends == {2}
+        requests = [Request(i, "", loaded.text.prompt(x), 6) for i, x in enumerate(("the", "in"))]
+        Server(loaded, SMALL).run(requests)
+        assert all(r.ended for r in requests)
 
     def test_fetch_that_fails(
         self, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch

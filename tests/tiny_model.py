@@ -15,6 +15,9 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SENTENCE_TEMPLATE = (
+    "{% for m in messages %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+)
 Array = npt.NDArray[np.float32]
 
 
@@ -29,11 +32,24 @@ def tokens() -> list[str]:
     ]
 
 
-def weights() -> dict[str, Array]:
+def pieces() -> dict[str, tuple[float, int]]:
+    """A vocabulary of SentencePiece: the score and the type of each token."""
+    found = {"<unk>": (0.0, 2), "<s>": (0.0, 3), "</s>": (0.0, 3)}
+    found |= {f"<0x{byte:02X}>": (0.0, 6) for byte in range(256)}
+    # The score of a merge falls with its place in training; letters come last.
+    merged = ["\u2581t", "he", "in", "er", "\u2581the", "\u2581a", "re", "th", "\u2581i", "her"]
+    merged += ["\u2581in", "ther", "\u2581\u2581", "other", "ot", "the"]
+    found |= {piece: (-float(i), 1) for i, piece in enumerate(merged)}
+    letters = ["\u2581", *"etaoinshrdlu.,?"]
+    return found | {x: (-float(len(merged) + i), 1) for i, x in enumerate(letters)}
+
+
+def weights(vocabulary: int | None = None) -> dict[str, Array]:
     """The weights by their names in a folder; RoPE's pairs are D / 2 apart. Untied."""
+    V = len(tokens()) if vocabulary is None else vocabulary
     rng = np.random.default_rng(0)
     E, F, H, K, D = WIDTH, HIDDEN, HEADS, KEY_HEADS, HEAD_DIM
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (len(tokens()), E)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (V, E)}
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
         shapes |= {
@@ -47,7 +63,7 @@ def weights() -> dict[str, Array]:
             f"{layer}.mlp.up_proj": (F, E),
             f"{layer}.mlp.down_proj": (E, F),
         }
-    shapes |= {"model.norm": (E,), "lm_head": (len(tokens()), E)}
+    shapes |= {"model.norm": (E,), "lm_head": (V, E)}
     # Large enough that attention is far from uniform, and logits are of unit scale and more.
     return {
         f"{name}.weight": rng.normal(1 if len(shape) == 1 else 0, 0.3, shape).astype(np.float32)
@@ -85,16 +101,27 @@ def write_gguf(path: pathlib.Path, *, quantised: bool = False, **fields: Any) ->
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_rope_freq_base(BASE)
     writer.add_layer_norm_rms_eps(EPSILON)
-    writer.add_vocab_size(len(tokens()))
-    writer.add_tokenizer_model(fields.get("tokenizer", "gpt2"))
-    writer.add_tokenizer_pre(fields.get("pre", "smollm"))
-    writer.add_token_list(tokens())
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens()])
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template(TEMPLATE)
-    for name, x in weights().items():
+    tokenizer = fields.get("tokenizer", "gpt2")
+    writer.add_tokenizer_model(tokenizer)
+    if tokenizer == "llama":
+        vocabulary = pieces()
+        writer.add_vocab_size(len(vocabulary))
+        writer.add_token_list(list(vocabulary))
+        writer.add_token_scores([score for score, _ in vocabulary.values()])
+        writer.add_token_types([kind for _, kind in vocabulary.values()])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_chat_template(fields.get("template", SENTENCE_TEMPLATE))
+    else:
+        writer.add_vocab_size(len(tokens()))
+        writer.add_tokenizer_pre(fields.get("pre", "smollm"))
+        writer.add_token_list(tokens())
+        writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens()])
+        writer.add_token_merges(MERGES)
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        writer.add_chat_template(TEMPLATE)
+    for name, x in weights(len(pieces()) if tokenizer == "llama" else None).items():
         short = name.removesuffix(".weight")
         if short.startswith("model.layers."):
             i, short = short.removeprefix("model.layers.").split(".", 1)

@@ -7,11 +7,22 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 
 from serving import ModelError
 
-CONTROL = 3  # the type, in a GGUF, of a token that stands for no text
+# Types of tokens in a GGUF: one for text that is in no other, one that stands for no text, and one
+# that users have added.
+UNKNOWN, CONTROL, ADDED = 2, 3, 4
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 LLAMA3 = ("llama-bpe", "llama3")  # the names of its way to cut words
 
 
@@ -26,27 +37,22 @@ class Text:
 
     @classmethod
     def from_gguf(cls, field: Callable[..., Any]) -> "Text":
-        """The tokenizer of byte-level BPE that a GGUF's fields describe.
+        """The tokenizer that a GGUF's fields describe: byte-level BPE, or SentencePiece's BPE.
 
         Raises:
           ModelError: for a tokenizer of another kind.
         """
         kind = field("tokenizer.ggml.model")
-        if kind != "gpt2":
+        build = {"gpt2": _byte_level, "llama": _sentence_piece}.get(kind)
+        if build is None:
             raise ModelError(
-                f"--model: a GGUF's tokenizer must be gpt2, byte-level BPE; got {kind}. Pass the "
-                "model's folder from Hugging Face, with a tokenizer.json."
+                "--model: a GGUF's tokenizer must be gpt2, byte-level BPE, or llama, "
+                f"SentencePiece's BPE; got {kind}. Pass the model's folder from Hugging Face, with "
+                "a tokenizer.json."
             )
         tokens = field("tokenizer.ggml.tokens")
-        merges = [tuple(merge.split(" ", 1)) for merge in field("tokenizer.ggml.merges")]
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        cut = field("tokenizer.ggml.pre", "default")
-        # Llama 3 takes a word that is a token of its own as it is; others always merge.
-        whole = cut in LLAMA3
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole))
-        tokenizer.pre_tokenizer = _words(cut)
-        tokenizer.decoder = decoders.ByteLevel()
-        types = field("tokenizer.ggml.token_type")
+        types = field("tokenizer.ggml.token_type", [1] * len(tokens))
+        tokenizer = build(field, tokens, types)
         tokenizer.add_special_tokens(
             [AddedToken(t) for t, kind in zip(tokens, types, strict=True) if kind == CONTROL]
         )
@@ -103,6 +109,60 @@ class Text:
 
     def decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _byte_level(field: Callable[..., Any], tokens: list[str], types: list[int]) -> Tokenizer:
+    """BPE on bytes, whose merges a GGUF lists."""
+    del types
+    merges = [tuple(merge.split(" ", 1)) for merge in field("tokenizer.ggml.merges")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    cut = field("tokenizer.ggml.pre", "default")
+    # Llama 3 takes a word that is a token of its own as it is; others always merge.
+    whole = cut in LLAMA3
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole))
+    tokenizer.pre_tokenizer = _words(cut)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentence_piece(field: Callable[..., Any], tokens: list[str], types: list[int]) -> Tokenizer:
+    """BPE on characters, in which a token has a score: the best of all possible merges is next.
+
+    A space is a character of words, and text begins with one. A character that is no token is
+    written as bytes.
+    """
+    scores = dict(zip(tokens, field("tokenizer.ggml.scores"), strict=True))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    # A token may have come about in several ways, in each of which both parts are tokens.
+    merges = [
+        (token[:i], token[i:])
+        for token, kind in zip(tokens, types, strict=True)
+        if kind == 1
+        for i in range(1, len(token))
+        if token[:i] in scores and token[i:] in scores
+    ]
+    merges.sort(key=lambda parts: -scores["".join(parts)])
+    unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
+        )
+    )
+    first = field("tokenizer.ggml.add_space_prefix", True)
+    prefix = [normalizers.Prepend(SPACE)] if first else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if first else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(t, normalized=False)
+            for t, kind in zip(tokens, types, strict=True)
+            if kind == ADDED
+        ]
+    )
+    return tokenizer
 
 
 def _words(kind: str) -> Any:
