@@ -65,7 +65,8 @@ class Timed:
     def of(cls, case: Case) -> "Timed":
         """Times a case."""
         problem = Problem.of(case)
-        arrays = dict(zip(("query", "key", "value", "lengths"), problem.operands, strict=True))
+        names = ("query", "key", "value", "lengths")
+        arrays: Arrays = dict(zip(names, problem.operands, strict=True))
 
         def call(arrays: Arrays) -> jax.Array:
             return ragged_attention(**arrays, softmax_scale=problem.scale).out

@@ -21,8 +21,11 @@ CAPPED = dataclasses.replace(GQA, name="caches_cap", logits_soft_cap=2.0, softma
 
 def formed(case: Case, *form: Any, block_size: int | None = 8) -> FormCase:
     """A case whose cache has a form: see `Form` for its properties, in order."""
-    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(Case)}
-    return FormCase(**(fields | {"block_size": block_size}), form=Form(*form))
+    fields: dict[str, Any] = {
+        field.name: getattr(case, field.name) for field in dataclasses.fields(Case)
+    }
+    fields["block_size"] = block_size
+    return FormCase(**fields, form=Form(*form))
 
 
 def call(stored: Stored, **more: Any) -> Any:

@@ -194,7 +194,9 @@ class TestLowered:
         first = Stored.of(dataclasses.replace(ROWS, S=1024), Form(None, "BHSD"))
 
         def swapped(arrays: dict[str, Any]) -> Any:
-            cache = {name: jnp.swapaxes(arrays[name], 1, 2) for name in ("key", "value")}
+            cache: dict[str, Any] = {
+                name: jnp.swapaxes(arrays[name], 1, 2) for name in ("key", "value")
+            }
             return ragged_attention(**(arrays | cache), implementation="kernel")
 
         assert any("transpose" in line for line in self._moved(swapped, first))
