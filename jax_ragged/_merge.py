@@ -167,8 +167,8 @@ def merge_partials(
 
     The parts may be any disjoint pieces of the window, each with its own `(out, max_logits,
     denominator)`: the shards of a cache split by sequence over devices, or a shared prefix and
-    what follows it. With m_p, l_p and o_p for part p, and w_p = exp(m_p - m), or 0 for an empty
-    part, the whole window has
+    the rest of each row. Part p has max_logits m_p, denominator l_p and out o_p. With
+    w_p = exp(m_p - m), or 0 for an empty part, the whole window has
 
         m = max m_p        l = sum w_p l_p        o = sum (w_p l_p / l) o_p.
 
