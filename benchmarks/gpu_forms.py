@@ -1,10 +1,11 @@
-"""Forms of caches on a GPU: pages in random order beside the dense cache.
+"""Forms of caches on a GPU: pages in random order and quantised values, beside the dense cache.
 
-    python -m benchmarks.gpu_forms [CASE ...]
+    python -m benchmarks.gpu_forms [pages | quantised] [CASE ...]
 
-prints, for each decode case of `benchmarks.gpu` (or those whose number is given), the time of the
-kernels alone in us, and how many times that of the dense call it is. Every form's output is
-compared with the dense call's.
+prints, for each decode case of `benchmarks.gpu` and one more (or those whose number is given), the
+time of the kernels alone in us, and how many times that of the dense bfloat16 call it is. Every
+form's output is compared with the dense call's. Quantised caches have a scale for each token and
+head.
 """
 
 import dataclasses
@@ -20,9 +21,10 @@ from benchmarks.gpu import CALLS
 from benchmarks.gpu_profile import kernel_times
 from benchmarks.gpu_tables import DECODE
 from benchmarks.measure import Case, Problem, print_table, versions
-from jax_ragged import ragged_attention
+from jax_ragged import quantize_cache, ragged_attention
 
 PAGES = (16, 64, 256)
+CASES = (*DECODE, Case("", B=64, S=4096, Hq=32, Hkv=32, D=128, dtype="bfloat16"))
 
 # The operands of a call by name.
 Arrays = dict[str, Any]
@@ -91,10 +93,19 @@ def paged(page: int, arrays: Arrays) -> Arrays:
     # Page table[i] of the pool is page i of the cache.
     of_page = jnp.argsort(table)
     pools = {
-        name: arrays[name].reshape(B * W, page, *key.shape[2:3], -1)[of_page]
-        for name in ("key", "value")
+        name: x.reshape(B * W, page, *x.shape[2:])[of_page]
+        for name, x in arrays.items()
+        if name.startswith(("key", "value"))
     }
     return arrays | pools | {"page_table": table.reshape(B, W)}
+
+
+def quantised(dtype: str, arrays: Arrays) -> Arrays:
+    """The cache in a narrow dtype, with a scale for each token and head."""
+    changed = dict(arrays)
+    for name in ("key", "value"):
+        changed[name], changed[f"{name}_scale"] = quantize_cache(arrays[name], dtype)
+    return changed
 
 
 def name_of(case: Case) -> str:
@@ -102,24 +113,38 @@ def name_of(case: Case) -> str:
     return f"B{case.B} S{case.S} {case.Hq}/{case.Hkv}/{case.D} {case.windows}"
 
 
-def print_forms(cases: Iterable[Case]) -> None:
-    """Prints the table of pages."""
+# Forms by their headings, each with the largest difference that its output may have. Outputs in
+# bfloat16 are of size 1; int8 and float8 round values to 7 and 4 bits.
+Forms = dict[str, tuple[Callable[[Arrays], Arrays], float]]
+TABLES: dict[str, Forms] = {
+    "pages": {f"pages of {page}": (functools.partial(paged, page), 2e-2) for page in PAGES},
+    "quantised": {
+        "int8": (functools.partial(quantised, "int8"), 6e-2),
+        "int8, pages of 16": (lambda x: paged(16, quantised("int8", x)), 6e-2),
+        "float8_e4m3fn": (functools.partial(quantised, "float8_e4m3fn"), 0.25),
+    },
+}
+
+
+def print_forms(forms: Forms, cases: Iterable[Case]) -> None:
+    """Prints a table."""
     rows = []
     for case in cases:
         dense = Timed.of(case)
-        # Where parts are cut is the same; blocks may begin earlier by 8 positions.
-        cells = [dense.form(functools.partial(paged, page), 2e-2) for page in PAGES]
+        cells = [dense.form(*form) for form in forms.values()]
         rows.append((name_of(case), f"{dense.seconds * 1e6:.1f}", *cells))
         print(*rows[-1], flush=True)
-    print("\nKernels alone, us (and times the dense call's)\n")
-    print_table(("case", "dense", *(f"pages of {page}" for page in PAGES)), rows)
+    print("\nKernels alone, us (and times those of the dense bfloat16 call)\n")
+    print_table(("case", "dense", *forms), rows)
 
 
 def main() -> None:
-    """Prints the table."""
-    chosen = [DECODE[int(i)] for i in sys.argv[1:]] or DECODE
+    """Prints the tables that the command line names, or all."""
+    tables = [name for name in sys.argv[1:] if name in TABLES] or list(TABLES)
+    cases = [CASES[int(i)] for i in sys.argv[1:] if i not in TABLES] or CASES
     print(versions())
-    print_forms(chosen)
+    for name in tables:
+        print_forms(TABLES[name], cases)
 
 
 if __name__ == "__main__":

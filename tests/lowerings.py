@@ -187,6 +187,14 @@ class Gpu(Runner):
         refused = refusal(target, operation, query, key, value, params)
         return ("cuda_kernel",) if refused is None else ("reference",)
 
+    def reads(self, case: FormCase, operation: str) -> bool | None:
+        """As of every runner: what docs/gpu.md says of forms."""
+        narrow = case.form.dtype is not None
+        unit = 32 if narrow else 16
+        sizes = case.D % unit == case.Dv % unit == 0 and (case.form.page or 16) % 16 == 0
+        of_dtype = case.dtype in ("bfloat16", "float16")
+        return of_dtype and sizes and (operation == "forward" or not narrow)
+
 
 class Own(Runner):
     """A lowering of one's own, registered for the CPU; its refusals pass, and are reported."""

@@ -1,6 +1,8 @@
-"""The GPU's kernels on caches that are paged or have heads first."""
+"""The GPU's kernels on caches that are paged, have heads first, or are quantised."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +19,8 @@ from jax_ragged import ragged_attention
 from jax_ragged.lowering import contract
 from jax_ragged.lowering.gpu import attend, team_plan, teams
 from jax_ragged.lowering.gpu.line import attend_along_line
-from jax_ragged.lowering.gpu.plan import make_plan
-from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.gpu.plan import SHARED_MEMORY, make_plan
+from jax_ragged.lowering.params import OPTIONAL, RaggedAttentionParams
 from lowerings import gpus
 from programs import emitted
 
@@ -32,13 +34,43 @@ class Form:
     Attributes:
       page: positions of a page, or None for a cache that is not paged.
       layout: the argument cache_layout.
+      dtype: of quantised keys and values, or None.
+      scale: which positions share a scale: "token" (none), "page" (those of a page or row), "head"
+        (all of a head), "tensor" (all), or None for no scale.
+      names: of key and value, those that are quantised.
     """
 
     page: int | None = None
     layout: str = "BSHD"
+    dtype: str | None = None
+    scale: str | None = "token"
+    names: tuple[str, ...] = ("key", "value")
 
     def __str__(self) -> str:
-        return f"{self.page or 'dense'}-{self.layout}"
+        parts = [str(self.page or "dense"), self.layout]
+        if self.dtype is not None:
+            parts += [self.dtype, self.scale or "unscaled", *self.names[:-1]]
+        return "-".join(parts)
+
+    def quantised(self, x: Array) -> tuple[Array, Array | None]:
+        """The values and the scale of a cache [rows, positions, heads, D]."""
+        if self.scale is None:
+            return x.astype(self.dtype), None
+        assert self.dtype is not None
+        axes = {"token": (3,), "page": (1, 3), "head": (0, 1, 3), "tensor": (0, 1, 2, 3)}
+        wide = x.astype(np.float32)
+        integer = self.dtype == "int8"
+        most = 127 if integer else float(jnp.finfo(self.dtype).max)
+        scale = np.abs(wide).max(axes[self.scale], keepdims=True) / np.float32(most)
+        values = wide / scale
+        return (np.round(values) if integer else values).astype(self.dtype), scale[..., 0]
+
+
+def _poisoned(x: Array, used: Array) -> Array:
+    """NaN in the elements [pages, positions, ...] that are not used, if x has them and a NaN."""
+    if x.dtype == np.int8 or x.shape[:2] != used.shape:
+        return x
+    return np.where(used.reshape(*used.shape, *[1] * (x.ndim - 2)), x, np.asarray(np.nan, x.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +90,7 @@ class Stored:
     dense: tuple[Array, Array]
 
     @classmethod
-    def of(cls, case: Case, form: Form, poison: bool = True) -> "Stored":
+    def of(cls, case: Case, form: Form) -> "Stored":
         """Draws a case in a form.
 
         All positions outside of the windows are NaN, pages that no window touches have garbage in
@@ -67,29 +99,37 @@ class Stored:
         rng = np.random.default_rng([len(str(form)), *case.name.encode()])
         query, key, value, lengths, starts = case.operands()
         inside = oracle.inside(query, case.S, lengths, starts)
-        parts: dict[str, Any] = {"key": key, "value": value}
-        dense = tuple(np.asarray(x, np.float64) for x in (key, value))
-        if poison:
-            for name, x in parts.items():
-                outside = ~inside.reshape(*inside.shape, *[1] * (x.ndim - 2))
-                parts[name] = np.where(outside, np.asarray(np.nan, x.dtype), x)
+        # A dense cache is a pool of one page for each row.
+        B, T, paged = case.B, form.page or case.S, form.page is not None
+        W = -(-case.S // T)
+        pages = B * W + (3 if paged else 0)
+        order = (rng.permutation(pages)[: B * W] if paged else np.arange(B)).reshape(B, W)
+        touched = np.pad(inside, ((0, 0), (0, W * T - case.S))).reshape(B, W, T)
+        used = np.zeros((pages, T), bool)
+        used[order] = touched
+        parts: dict[str, Any] = {}
+        dense = []
+        for name, x in (("key", key), ("value", value)):
+            pool = rng.standard_normal((pages, T, *x.shape[2:])).astype(x.dtype)
+            rows = np.resize(pool, (B, W * T, *x.shape[2:]))
+            rows[:, : case.S] = x
+            pool[order] = rows.reshape(B, W, T, *x.shape[2:])
+            stored, scale = pool, None
+            if form.dtype is not None and name in form.names:
+                stored, scale = form.quantised(pool)
+            wide = stored.astype(np.float64)
+            if scale is not None:
+                wide *= scale[..., None]
+                parts[f"{name}_scale"] = _poisoned(scale, used)
+            dense.append(wide[order].reshape(B, W * T, *x.shape[2:])[:, : case.S])
+            parts[name] = _poisoned(stored, used)
         arrays = {"query": query, "lengths": lengths}
         if starts is not None:
             arrays["starts"] = starts
-        if form.page is not None:
-            B, W = case.B, -(-case.S // form.page)
-            pages = B * W + 3
-            order = rng.permutation(pages)[: B * W].reshape(B, W)
-            for name, x in parts.items():
-                rows = np.full((B, W * form.page, *x.shape[2:]), np.nan, x.dtype)
-                rows[:, : case.S] = x
-                pool = np.full((pages, form.page, *x.shape[2:]), np.nan, x.dtype)
-                pool[order] = rows.reshape(B, W, form.page, *x.shape[2:])
-                parts[name] = pool
-            padded = np.pad(inside, ((0, 0), (0, W * form.page - case.S)))
-            touched = padded.reshape(B, W, form.page).any(axis=2)
+        if paged:
             garbage = rng.choice([-1, pages, 2**31 - 1, -(2**31), 0], size=(B, W))
-            arrays["page_table"] = np.where(touched, order, garbage).astype(np.int32)
+            table = np.where(touched.any(axis=2), order, garbage)
+            arrays["page_table"] = table.astype(np.int32)
         if form.layout == "BHSD":
             parts = {name: x.swapaxes(1, 2) for name, x in parts.items()}
         return cls(case, arrays | parts, form.layout, (dense[0], dense[1]))
@@ -151,6 +191,17 @@ FORMS = (
     Form(32, "BHSD"),
     Form(512),
 )
+QUANTISED = (
+    Form(None, "BSHD", "int8"),
+    Form(16, "BSHD", "int8"),
+    Form(64, "BHSD", "float8_e4m3fn"),
+    Form(None, "BSHD", "float8_e5m2", None),
+    Form(32, "BSHD", "int8", "head"),
+    Form(16, "BSHD", "float8_e4m3fn", "tensor"),
+    Form(16, "BHSD", "int8", "page"),
+    Form(None, "BSHD", "int8", "token", ("value",)),
+    Form(None, "BHSD", "int8", "token", ("key",)),
+)
 
 
 def _lowered(function: Callable[..., Any], *operands: Any) -> str:
@@ -170,12 +221,22 @@ class TestLowered:
         least = min(stored.arrays[name].size for name in ("key", "value"))
         return [line for size, line in emitted(text, *self.MOVES) if size >= least // 2]
 
-    @pytest.mark.parametrize("form", FORMS, ids=str)
-    @pytest.mark.parametrize("case", [ROWS, QUERIES, MANY], ids=lambda case: case.name)
+    @pytest.mark.parametrize(
+        ("case", "form"),
+        tiered(
+            [(case, form) for case in (ROWS, QUERIES, MANY) for form in FORMS + QUANTISED],
+            [(ROWS, Form(16)), (ROWS, Form(None, "BHSD")), (ROWS, QUANTISED[1]),
+             (QUERIES, QUANTISED[2]), (MANY, Form(48, "BHSD")), (MANY, QUANTISED[4])],
+        ),
+        ids=lambda x: getattr(x, "name", str(x)),
+    )  # fmt: skip
     def test_the_kernels_read_the_form_itself(self, case: Case, form: Form) -> None:
-        stored = Stored.of(dataclasses.replace(case, S=1024), form)
+        # The cache is larger than the queries, which tiles reorder.
+        S = 8192 if case is MANY else 1024
+        stored = Stored.of(dataclasses.replace(case, S=S), form)
         text = _lowered(stored.call, stored.arrays)
-        assert text.count("@mosaic_gpu_v2") == (1 if case is MANY else 2)
+        teams = case is MANY and form.dtype is None
+        assert text.count("@mosaic_gpu_v2") == (1 if teams else 2)
         assert self._moved(stored.call, stored) == []
 
     def test_a_gather_or_transpose_in_front_would_be_seen(self) -> None:
@@ -194,9 +255,7 @@ class TestLowered:
         first = Stored.of(dataclasses.replace(ROWS, S=1024), Form(None, "BHSD"))
 
         def swapped(arrays: dict[str, Any]) -> Any:
-            cache: dict[str, Any] = {
-                name: jnp.swapaxes(arrays[name], 1, 2) for name in ("key", "value")
-            }
+            cache: Any = {name: jnp.swapaxes(arrays[name], 1, 2) for name in ("key", "value")}
             return ragged_attention(**(arrays | cache), implementation="kernel")
 
         assert any("transpose" in line for line in self._moved(swapped, first))
@@ -216,6 +275,38 @@ class TestLowered:
         stored = Stored.of(ROWS, Form(page))
         with pytest.raises(NotImplementedError, match=f"multiples of 16 positions.*{page}"):
             _lowered(stored.call, stored.arrays)
+
+
+class TestPlan:
+    """The plan of the schedule for few queries."""
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+    @pytest.mark.parametrize("B", [4, 200])
+    def test_a_block_at_least_fits_beside_the_rest(self, B: int, dtype: str) -> None:
+        """Over head dimensions: blocks in flight, and the bytes of all shared memory."""
+
+        def shape(*sizes: int, of: Any = dtype) -> Any:
+            return jax.ShapeDtypeStruct(sizes, of)
+
+        for D, Dv, scaled in itertools.product(range(32, 257, 32), range(32, 257, 32), (0, 1)):
+            windows = shape(B, 1, of=jnp.int32)
+            scale = shape(*((B, 512, 8) if scaled else (1, 1, 8)), of=jnp.float32)
+            operands = contract.Operands(
+                shape(B, 1, 32, D, of=jnp.bfloat16),
+                shape(B, 512, 8, D),
+                shape(B, 512, 8, Dv),
+                lengths=windows,
+                starts=windows,
+                key_scale=scale if dtype == "int8" else None,
+                value_scale=scale if dtype == "int8" else None,
+            )
+            plan = make_plan(operands, RaggedAttentionParams(), jnp.dtype(jnp.bfloat16))
+            assert plan.stages >= 1
+            scratch = attend.scratch_types(plan).values()
+            arrays = [x for x in scratch if not isinstance(x, plgpu.Barrier)]
+            sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+            # Each stands at a multiple of 1024 bytes; 2 kB are for barriers.
+            assert sum(-(-size // 1024) * 1024 for size in sizes) <= SHARED_MEMORY - 2048
 
 
 @pytest.mark.skipif(
@@ -253,7 +344,7 @@ class TestInterpreted:
         params = RaggedAttentionParams(
             **stored.case.params,
             cache_layout=stored.layout,  # type: ignore[arg-type]
-            optional=tuple(n for n in ("page_table",) if n in arrays),
+            optional=tuple(n for n in OPTIONAL if n in arrays),
         )
         # On a machine with a GPU the interpreter's callbacks would wait for one another.
         with jax.default_device(jax.devices("cpu")[0]):
@@ -266,8 +357,10 @@ class TestInterpreted:
         ("case", "form"),
         tiered(
             [(ROWS, Form(16)), (ROWS, Form(48, "BHSD")), (QUERIES, Form(64)),
-             (CAPPED, Form(None, "BHSD")), (dataclasses.replace(ROWS, S=261), Form(None, "BHSD"))],
-            [(ROWS, Form(48, "BHSD")), (QUERIES, Form(64))],
+             (CAPPED, Form(None, "BHSD")), (dataclasses.replace(ROWS, S=261), Form(None, "BHSD")),
+             *((case, form) for case in (ROWS, QUERIES, CAPPED) for form in QUANTISED)],
+            [(ROWS, Form(48, "BHSD")), (QUERIES, Form(64)), (ROWS, QUANTISED[1]),
+             (QUERIES, QUANTISED[2]), (ROWS, QUANTISED[4])],
         ),
         ids=lambda x: getattr(x, "name", str(x)),
     )  # fmt: skip
@@ -295,7 +388,7 @@ class TestInterpreted:
 class TestGpu:
     """The kernels on a GPU."""
 
-    @pytest.mark.parametrize("form", FORMS, ids=str)
+    @pytest.mark.parametrize("form", FORMS + QUANTISED, ids=str)
     @pytest.mark.parametrize(
         "case", [ROWS, QUERIES, CAPPED, MANY, SLIDING], ids=lambda case: case.name
     )

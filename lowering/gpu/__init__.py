@@ -39,6 +39,7 @@ from jax_ragged.lowering.params import RaggedAttentionParams
 
 # The unit of head dimensions, and their limit: what registers and shared memory hold.
 _HEAD_DIM_UNIT, _MOST_HEAD_DIM = 16, 256
+_NARROW_UNIT = 32
 # The block size of the schedule for few queries.
 _BLOCK_SIZE = 64
 # What int32 holds, with room for a block past the end.
@@ -69,9 +70,10 @@ def _check(
                 f"{_MOST_HEAD_DIM}, and that of {name} is {x.shape[3]}"
             )
     for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
+        if x.dtype != query.dtype and x.shape[3] % _NARROW_UNIT:
             raise Unsupported(
-                f"its kernel takes key and value in the dtype of query, and {name} is {x.dtype}"
+                f"its kernel takes quantised caches with head dimensions that are multiples of "
+                f"{_NARROW_UNIT}, and that of {name} is {x.shape[3]}"
             )
     page_size = key.shape[positions_axis(params)]
     if params.paged and page_size % COPIED:
@@ -90,11 +92,24 @@ def _check(
             )
 
 
+def _check_derivative(
+    residuals: Residuals, params: RaggedAttentionParams, device_kind: str | None
+) -> None:
+    """Raises Unsupported for a call whose derivatives no kernel takes."""
+    _check(residuals, params, device_kind)
+    for name, x in (("key", residuals.key), ("value", residuals.value)):
+        if x.dtype != residuals.query.dtype:
+            raise Unsupported(
+                "the kernels of its derivatives take caches in the dtype of query, and "
+                f"{name} is {x.dtype}"
+            )
+
+
 class _GPU(Lowering):
     """The Hopper kernels of the forward and of `derivatives`.
 
     The forward reads every form of cache in place. The derivatives read dense caches: those of
-    another form go through the dense cache.
+    pages and of heads first go through the dense cache, and quantised ones to the reference.
     """
 
     dense_only = False
@@ -127,7 +142,7 @@ class _GPU(Lowering):
         params: RaggedAttentionParams,
         device_kind: str | None,
     ) -> ByResult[jax.Array]:
-        _check(residuals, params, device_kind)
+        _check_derivative(residuals, params, device_kind)
 
         def jvp(residuals: Residuals, tangents: Any, params: Any) -> ByResult[jax.Array]:
             return derivatives.jvp(derivatives.plan_of(residuals, params), residuals, tangents)
@@ -142,8 +157,7 @@ class _GPU(Lowering):
         params: RaggedAttentionParams,
         device_kind: str | None,
     ) -> ByOperand[jax.Array | None]:
-        _check(residuals, params, device_kind)
-
+        _check_derivative(residuals, params, device_kind)
         own = residuals.query.dtype
 
         def vjp(dense: Residuals, bars: Any, wrt: Any, params: Any) -> ByOperand[Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
-from jax_ragged.lowering.gpu.forms import Pages, Place
+from jax_ragged.lowering.gpu.forms import SCALED_HEADS, Pages, Place
 from jax_ragged.lowering.gpu.launch import Refs, shared_rows
-from jax_ragged.lowering.gpu.plan import COPIED, SWIZZLE_ROWS, WGMMA_ROWS, Plan
+from jax_ragged.lowering.gpu.plan import COPIED, SWIZZLE_ROWS, WGMMA_ROWS, Plan, chunk
 from jax_ragged.lowering.gpu.schedule import (
     Column,
     Part,
@@ -27,6 +27,7 @@ from jax_ragged.lowering.gpu.schedule import (
     sum_blocks,
 )
 from jax_ragged.lowering.gpu.softmax import (
+    COLUMNS,
     ROWS,
     TILE,
     Softmax,
@@ -57,6 +58,7 @@ def attend(plan: Plan, refs: Refs) -> None:
       query: [B, columns, result_rows, D].
       key, value: the cache as `forms` has it: [B * S, Hkv, D] and [B * S, Hkv, Dv] if dense.
       page_table: int32 [B, W], if there is one.
+      key_scale, value_scale: float32 [Hkv] or [positions, heads], if there are scales.
       out: [B, columns, result_rows, Dv], max_logits, denominator: [B, columns, tile_rows]: the
         results of the tiles that one part has whole.
       accumulators: [partials, tile_rows, accumulator_columns], maxima, denominators: [partials,
@@ -156,8 +158,7 @@ def _copy(plan: Plan, refs: Refs, tables: Tables, stream: Any, part: Part) -> No
             following = plan.form.pages(refs, place, first + plan.T, plan.T)
             for name in ("key", "value"):
                 plgpu.barrier_wait(refs[f"{name}_free"].at[slot])
-                to, full = refs[f"{name}_blocks"].at[slot], refs[f"{name}_full"].at[slot]
-                plan.form.copy_block(refs[name], to, full, place, first, pages)
+                plan.form.copy_block(refs, name, slot, place, first, pages)
             # Behind the first block, which need not wait until the last queries are used.
             pl.when(i == 0)(functools.partial(load_query, column, segment))
             return following
@@ -190,17 +191,26 @@ def _compute(plan: Plan, refs: Refs, tables: Tables, stream: Any, part: Part) ->
     for i in range(plan.stages):
         plgpu.barrier_arrive(refs.key_free.at[stream * plan.stages + i])
         plgpu.barrier_arrive(refs.value_free.at[stream * plan.stages + i])
+    key_unit, value_unit = (_scale_of_head(plan, refs, name, part) for name in ("key", "value"))
 
     def run(column: Column, segment: Segment) -> None:
         windows = _windows(plan, refs, tables, column, segment.row)
         plgpu.barrier_wait(refs.query_full.at[stream])
 
         def step(i: Any, state: _State) -> _State:
-            slot = _slot(plan, stream, segment.step + i)
-            first = segment.first + i * plan.T
-            return _block(plan, refs, windows, stream, slot, first, i == segment.count - 1, state)
+            place = _BlockPlace(
+                stream=stream,
+                slot=_slot(plan, stream, segment.step + i),
+                head=column.head,
+                first=segment.first + i * plan.T,
+                last=i == segment.count - 1,
+            )
+            return _block(plan, refs, windows, place, key_unit, state)
 
-        state = lax.fori_loop(0, segment.count, step, _initial_state(plan))
+        sums, softmax = lax.fori_loop(0, segment.count, step, _initial_state(plan))
+        if value_unit is not None:
+            sums = tuple(x * value_unit for x in sums)
+        state = sums, softmax
         # Copies of the segment before may still read the shared memory.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -253,52 +263,112 @@ def _windows(plan: Plan, refs: Refs, tables: Tables, column: Column, row: Any) -
     return _Windows(low, high, *inner, *of_rows)
 
 
+class _BlockPlace(NamedTuple):
+    """Where a block is.
+
+    Attributes:
+      stream: that computes it.
+      slot: in shared memory.
+      head: of the cache.
+      first: its first position.
+      last: whether it is the segment's last.
+    """
+
+    stream: Any
+    slot: Any
+    head: Any
+    first: Any
+    last: Any
+
+
 def _block(
-    plan: Plan,
-    refs: Refs,
-    windows: _Windows,
-    stream: Any,
-    slot: Any,
-    first: Any,
-    last: Any,
-    state: _State,
+    plan: Plan, refs: Refs, windows: _Windows, place: _BlockPlace, key_unit: Any, state: _State
 ) -> _State:
     """Takes one block into the state: a step of the streaming softmax."""
     sums, softmax = state
+    stream, slot, first = place.stream, place.slot, place.first
     edge = (first < windows.inner_low) | (first + plan.T > windows.inner_high)
+    wide = plan.form.value.narrow is not None
 
     plgpu.barrier_wait(refs.key_full.at[slot])
+    keys = _wide_block(plan, refs, "key", place)
 
     def dots(product_ref: Any) -> jax.Array:
-        keys = refs.key_blocks.at[slot].transpose((1, 0))
-        plgpu.wgmma(product_ref, refs.query_tiles.at[stream], keys)
+        plgpu.wgmma(product_ref, refs.query_tiles.at[stream], keys.transpose((1, 0)))
+        if wide:
+            # Meanwhile.
+            plgpu.barrier_wait(refs.value_full.at[slot])
+            _wide_block(plan, refs, "value", place)
         product: jax.Array = product_ref[...]
         return product
 
-    z = logits(
-        plan.params,
-        pl.run_scoped(dots, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, plan.T), jnp.float32)),
-    )
-    plgpu.barrier_arrive(refs.key_free.at[slot])
+    products = pl.run_scoped(dots, plgpu.WGMMAAccumulatorRef((WGMMA_ROWS, plan.T), jnp.float32))
+    if plan.form.key.narrow is None:
+        plgpu.barrier_arrive(refs.key_free.at[slot])
+    if plan.form.key.scale == "position":
+        key_unit = mosaic_gpu_load(refs.key_scale_rows.at[stream], layout=COLUMNS)
+    z = logits(plan.params, products, key_unit)
 
-    @pl.when(last)
+    @pl.when(place.last)
     def _() -> None:
         plgpu.barrier_arrive(refs.query_free.at[stream])
 
     z = lax.cond(edge, lambda z: masked(z, first, windows.low, windows.high), lambda z: z, z)
     softmax, correction, p = update(plan.params, softmax, z, scaled=True)
-    p = p.astype(plan.dtype)
 
-    plgpu.barrier_wait(refs.value_full.at[slot])
-    values = refs.value_blocks.at[slot]
-    pl.when(edge)(functools.partial(_zero_outside, plan, windows, values, first))
+    values = refs.value_wide.at[stream] if wide else refs.value_blocks.at[slot]
+    if not wide:
+        plgpu.barrier_wait(refs.value_full.at[slot])
+    pl.when(edge)(functools.partial(_zero_outside, plan, refs, windows, values, stream, first))
+    if plan.form.value.scale == "position":
+        unit = mosaic_gpu_load(refs.value_scale_rows.at[stream], layout=COLUMNS)
+        p *= lax.broadcast_in_dim(unit, p.shape, [1])
+    p = p.astype(plan.dtype)
     sums = tuple(
         x * down_rows(correction, x.shape)
         + _product(p, values.at[:, pl.ds(i * plan.chunk, plan.chunk)])
         for i, x in enumerate(sums)
     )
-    plgpu.barrier_arrive(refs.value_free.at[slot])
+    if not wide:
+        plgpu.barrier_arrive(refs.value_free.at[slot])
     return sums, softmax
+
+
+def _scale_of_head(plan: Plan, refs: Refs, name: str, part: Part) -> Any:
+    """The scale of a part's head of key or value, or None if there is not one for all positions."""
+    if plan.form.stored(name).scale != "head":
+        return None
+    return refs[f"{name}_scale"][part.column.head]
+
+
+def _wide_block(plan: Plan, refs: Refs, name: str, place: _BlockPlace) -> Any:
+    """The block of key or value in shared memory in the dtype of query.
+
+    A quantised block is widened there, and its slot is free then. The scales of its positions go
+    from [T, 8 heads] to the row that the head of this stream has.
+    """
+    stored, blocks = plan.form.stored(name), refs[f"{name}_blocks"].at[place.slot]
+    if stored.narrow is None:
+        return blocks
+    wide = refs[f"{name}_wide"].at[place.stream]
+    step = chunk(blocks.shape[1], stored.narrow)
+    for column in range(0, blocks.shape[1], step):
+        columns = pl.ds(column, step)
+        x = mosaic_gpu_load(blocks.at[:, columns], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        if jnp.issubdtype(stored.narrow, jnp.floating):
+            x = x.astype(jnp.float32)  # the hardware has no conversion to bfloat16
+        wide[:, columns] = x.astype(plan.dtype)
+    if stored.scale == "position":
+        scales = mosaic_gpu_load(
+            refs[f"{name}_scales"].at[place.slot], layout=TILE, optimized=False
+        )
+        head = plgpu.broadcasted_iota(jnp.int32, scales.shape, 1, layout=TILE)
+        own = head == lax.rem(place.head, SCALED_HEADS)
+        row = jnp.where(own, scales, 0.0).sum(axis=1)
+        refs[f"{name}_scale_rows"][place.stream] = row
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs[f"{name}_free"].at[place.slot])
+    return wide
 
 
 def _store_results(
@@ -363,13 +433,15 @@ def _product(p: jax.Array, values_ref: Any) -> jax.Array:
     return product
 
 
-def _zero_outside(plan: Plan, windows: _Windows, values_ref: Any, first: Any) -> None:
-    """Zeros the values of a block that lie in no window: 0 * NaN is NaN."""
+def _zero_outside(
+    plan: Plan, refs: Refs, windows: _Windows, values_ref: Any, stream: Any, first: Any
+) -> None:
+    """Zeros the values and scales of a block that lie in no window: 0 * NaN is NaN."""
+    position = first + plgpu.broadcasted_iota(jnp.int32, (plan.T,), 0, layout=ROWS)
     if plan.Q == 1:
-        position = first + plgpu.broadcasted_iota(jnp.int32, values_ref.shape, 0, layout=TILE)
-        valid = (position >= windows.low) & (position < windows.high)
+        inside = (position >= windows.low) & (position < windows.high)
+        count = jnp.where(inside, 1, 0)
     else:
-        position = first + plgpu.broadcasted_iota(jnp.int32, (plan.T,), 0, layout=ROWS)
 
         def windows_with(i: Any, count: jax.Array) -> jax.Array:
             r = i * plan.query_step
@@ -379,9 +451,12 @@ def _zero_outside(plan: Plan, windows: _Windows, values_ref: Any, first: Any) ->
         count = plgpu.layout_cast(jnp.zeros((plan.T,), jnp.int32), ROWS)
         queries = plan.tile_rows // plan.query_step
         count = lax.fori_loop(0, queries, windows_with, count)
-        valid = down_rows(count, values_ref.shape) > 0
+    valid = down_rows(count, values_ref.shape) > 0
     values = mosaic_gpu_load(values_ref, layout=TILE)
     values_ref[...] = jnp.where(valid, values, jnp.zeros((), values.dtype))
+    if plan.form.value.scale == "position":
+        row = mosaic_gpu_load(refs.value_scale_rows.at[stream], layout=ROWS)
+        refs.value_scale_rows[stream] = jnp.where(count > 0, row, 0.0)
     plgpu.commit_smem()
 
 
@@ -392,17 +467,23 @@ def scratch_types(plan: Plan) -> dict[str, Any]:
     query_barrier = functools.partial(plgpu.Barrier, num_barriers=plan.streams)
     scratch = {
         "query_tiles": shared_rows((plan.streams, WGMMA_ROWS, plan.D), plan.dtype),
-        "key_blocks": shared_rows((slots, plan.T, plan.D), plan.dtype),
-        "value_blocks": shared_rows((slots, plan.T, plan.Dv), plan.dtype),
         "sum_tiles": shared_rows((plan.streams, WGMMA_ROWS, plan.sum_columns), jnp.float32),
         "statistics": plgpu.SMEM((plan.streams, 2, WGMMA_ROWS), jnp.float32),
         "query_full": query_barrier(),
         "query_free": query_barrier(),
-        "key_full": barrier(num_arrivals=plan.T // COPIED),
-        "key_free": barrier(),
-        "value_full": barrier(num_arrivals=plan.T // COPIED),
-        "value_free": barrier(),
     }
+    for name, columns in (("key", plan.D), ("value", plan.Dv)):
+        stored = plan.form.stored(name)
+        blocks = (slots, plan.T, columns)
+        scratch[f"{name}_blocks"] = shared_rows(blocks, stored.narrow or plan.dtype)
+        scratch[f"{name}_full"] = barrier(num_arrivals=plan.form.arrivals(name, plan.T // COPIED))
+        scratch[f"{name}_free"] = barrier()
+        if stored.narrow is not None:
+            scratch[f"{name}_wide"] = shared_rows((plan.streams, *blocks[1:]), plan.dtype)
+        if stored.scale == "position":
+            scales = (slots, plan.T, SCALED_HEADS)
+            scratch[f"{name}_scales"] = plgpu.SMEM(scales, jnp.float32)
+            scratch[f"{name}_scale_rows"] = plgpu.SMEM((plan.streams, plan.T), jnp.float32)
     if plan.narrow_out:
         out = (plan.streams, WGMMA_ROWS, plan.out_columns)
         scratch["out_tiles"] = shared_rows(out, plan.out_dtype)

@@ -12,10 +12,14 @@ copied in *pieces*, each by one operation of the copy engine. A piece lies in on
 
 The pages of a pool stand in a table [B, W]. A copying warpgroup looks up the pages of a block while
 the copies of the block before it run, so that it does not wait for the table.
+
+A quantised cache comes with scales. One scale for all positions of a head is a number. Scales of
+their own for positions stand beside them in an array [positions, heads], whose pieces are copied
+with those of the cache, 8 heads wide. Heads are padded to a multiple of 4, which the copy engine
+needs.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -33,8 +37,35 @@ from jax_ragged.lowering.params import RaggedAttentionParams
 # The copy engine moves whole swizzle tiles: positions start at a multiple of this many.
 _ROWS = 8
 
+# Heads whose scales are copied together, and the unit of their number in memory.
+SCALED_HEADS, _HEADS_UNIT = 8, 4
+
 # The page of each piece of a block.
 Pages = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How key or value is stored.
+
+    Attributes:
+      narrow: the dtype of the quantised values, or None for the dtype of query.
+      scale: "head" if a head has one scale, "position" if its positions have their own; or None.
+    """
+
+    narrow: Any = None
+    scale: str | None = None
+
+    @classmethod
+    def of(
+        cls, x: jax.Array, scale: jax.Array | None, dtype: Any, params: RaggedAttentionParams
+    ) -> "Stored":
+        """How x and its scale are stored, beside a query of a dtype."""
+        kind = None
+        if scale is not None:
+            by_head = scale.shape[0] == scale.shape[positions_axis(params)] == 1
+            kind = "head" if by_head else "position"
+        return cls(None if x.dtype == dtype else jnp.dtype(x.dtype), kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +73,7 @@ class Form:
     """The form of a call's cache.
 
     Attributes:
+      key, value: how each is stored.
       S: positions of a row.
       stride: from the first position of a row to that of the next one, in the joined cache.
       page_size: positions of a page, or the stride where heads come first and there is no table.
@@ -50,6 +82,8 @@ class Form:
       paged: whether a table says which page a row's positions are in; else page b is row b.
     """
 
+    key: Stored
+    value: Stored
     S: int
     stride: int
     page_size: int | None = None
@@ -60,14 +94,44 @@ class Form:
     def of(cls, operands: Operands | Residuals, params: RaggedAttentionParams) -> "Form":
         """The form of the cache among the operands."""
         S = positions(operands, params)
+        query, key, value = operands[:3]
+        stored = (
+            Stored.of(key, operands.key_scale, query.dtype, params),
+            Stored.of(value, operands.value_scale, query.dtype, params),
+        )
         heads_first = params.cache_layout == "BHSD"
         if params.paged:
             page_size = operands.key.shape[positions_axis(params)]
-            return cls(S, S, page_size, heads_first, paged=True)
+            return cls(*stored, S, S, page_size, heads_first, paged=True)
         if heads_first:
-            stride = -(-S // _ROWS) * _ROWS
-            return cls(S, stride, stride, heads_first)
-        return cls(S, S)
+            stride = _ceil(S, _ROWS)
+            return cls(*stored, S, stride, stride, heads_first)
+        return cls(*stored, S, S)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether key or value is quantised."""
+        return self.key.narrow is not None or self.value.narrow is not None
+
+    def stored(self, name: str) -> Stored:
+        """How key or value is stored, by name."""
+        return self.key if name == "key" else self.value
+
+    def position_bytes(self, D: int, Dv: int, itemsize: int) -> int:
+        """Bytes of shared memory for a position of a block, with its scales as they are copied."""
+        return sum(
+            columns * (stored.narrow.itemsize if stored.narrow else itemsize)
+            + (4 * SCALED_HEADS if stored.scale == "position" else 0)
+            for stored, columns in ((self.key, D), (self.value, Dv))
+        )
+
+    def widened_bytes(self, D: int, Dv: int, itemsize: int) -> int:
+        """Bytes of shared memory for a position of a quantised block when it is widened."""
+        return sum(
+            columns * itemsize + (4 if stored.scale == "position" else 0)
+            for stored, columns in ((self.key, D), (self.value, Dv))
+            if stored.narrow is not None
+        )
 
     def joins(self, B: int) -> int:
         """How many positions of one head stand in a row in memory, of a cache of B rows."""
@@ -78,7 +142,32 @@ class Form:
         arrays = {"key": self.array(operands.key), "value": self.array(operands.value)}
         if operands.page_table is not None:
             arrays["page_table"] = operands.page_table
+        for name in ("key", "value"):
+            scale = getattr(operands, f"{name}_scale")
+            if scale is not None:
+                of_heads = self.stored(name).scale == "head"
+                x = getattr(operands, name)
+                make = self._scale_of_heads if of_heads else self._scale_of_positions
+                arrays[f"{name}_scale"] = make(scale, x)
         return arrays
+
+    def _scale_of_heads(self, scale: jax.Array, x: jax.Array) -> jax.Array:
+        """One number for each head, [Hkv]."""
+        return jnp.broadcast_to(scale.reshape(-1), (x.shape[1 if self.heads_first else 2],))
+
+    def _scale_of_positions(self, scale: jax.Array, x: jax.Array) -> jax.Array:
+        """One number for each position and head, [positions of `array`, heads].
+
+        A bitcast of scales [B, S, Hkv] or [P, T, Hkv] if Hkv is a multiple of 4, and the positions
+        of 8; else the scales are copied.
+        """
+        scale = jnp.broadcast_to(scale, x.shape[:3])
+        if self.heads_first:
+            scale = scale.swapaxes(1, 2)
+            scale = padded(scale, 1, _ceil(scale.shape[1], _ROWS))
+        scale = scale.reshape(-1, scale.shape[2])
+        scale = padded(scale, 0, _ceil(scale.shape[0], _ROWS))
+        return padded(scale, 1, _ceil(scale.shape[1], _HEADS_UNIT))
 
     def array(self, x: jax.Array) -> jax.Array:
         """Views key or value as the kernels read it.
@@ -87,9 +176,9 @@ class Form:
         B * S, or S if heads come first, is no multiple of 8 is the cache copied for that.
         """
         if self.heads_first:
-            return padded(x, 2, -(-x.shape[2] // _ROWS) * _ROWS)
+            return padded(x, 2, _ceil(x.shape[2], _ROWS))
         x = x.reshape(-1, *x.shape[2:])
-        return padded(x, 0, -(-x.shape[0] // _ROWS) * _ROWS)
+        return padded(x, 0, _ceil(x.shape[0], _ROWS))
 
     def piece(self, most: int) -> int:
         """The most positions, up to a power of two, that a piece can have: it lies in one page."""
@@ -115,33 +204,54 @@ class Form:
         page_size = jnp.int32(self.page_size)
         return tuple(refs.page_table[place.row, lax.div(t, page_size)] for t in of_row)
 
+    def arrivals(self, name: str, pieces: int) -> int:
+        """The arrivals that make a block of key or value full: one for each copy."""
+        return pieces * (2 if self.stored(name).scale == "position" else 1)
+
     def copy_block(
-        self, ref: Any, to: Any, full: Any, place: "Place", first: Any, pages: Pages
+        self, refs: Refs, name: str, slot: Any, place: "Place", first: Any, pages: Pages
     ) -> None:
         """Starts the copies of a block's pieces; what is past the end stays as it was.
 
         Args:
-          ref: key or value in global memory.
-          to: the block in shared memory, [T, D].
-          full: the barrier at which each piece arrives.
+          refs: the kernel's refs.
+          name: of key or value.
+          slot: the block's slot in shared memory.
           place: where the block is.
           first: its first position, which is before the end.
           pages: the page of each piece.
         """
+        full = refs[f"{name}_full"].at[slot]
+        scaled = self.stored(name).scale == "position"
         for i, page in enumerate(pages):
-            offset = i * place.piece
-            source = self._source(ref, place, first + offset, page)
-            copy = functools.partial(
-                plgpu.copy_gmem_to_smem, source, to.at[pl.ds(offset, place.piece)], full
-            )
+            rows = pl.ds(i * place.piece, place.piece)
+            at = first + i * place.piece
+
+            def copy(rows: Any = rows, at: Any = at, page: Any = page) -> None:
+                source = self._source(refs[name], place, at, page)
+                plgpu.copy_gmem_to_smem(source, refs[f"{name}_blocks"].at[slot, rows], full)
+                if scaled:
+                    source = self._scale_source(refs[f"{name}_scale"], place, at, page)
+                    plgpu.copy_gmem_to_smem(source, refs[f"{name}_scales"].at[slot, rows], full)
+
+            def skip() -> None:
+                for _ in range(self.arrivals(name, 1)):
+                    plgpu.barrier_arrive(full)
+
             if i == 0:
                 copy()
             else:
-                lax.cond(
-                    first + offset < place.end,
-                    copy,
-                    functools.partial(plgpu.barrier_arrive, full),
-                )
+                lax.cond(at < place.end, copy, skip)
+
+    def _scale_source(self, ref: Any, place: "Place", at: Any, page: Any) -> Any:
+        """The scales of the piece at a position, [piece, 8], in global memory."""
+        if self.paged:
+            at = page * self.page_size + lax.rem(
+                at - place.row * self.stride, jnp.int32(self.page_size)
+            )
+        heads = lax.div(place.head, SCALED_HEADS) * SCALED_HEADS
+        positions = pl.ds(pl.multiple_of(at, _ROWS), place.piece)
+        return ref.at[positions, pl.ds(pl.multiple_of(heads, SCALED_HEADS), SCALED_HEADS)]
 
     def _source(self, ref: Any, place: "Place", at: Any, page: Any) -> Any:
         """The piece of key or value at a position, [piece, D], in global memory."""
@@ -154,6 +264,10 @@ class Form:
             return ref.at[page, place.head, pl.ds(pl.multiple_of(offset, _ROWS), place.piece)]
         first = pl.multiple_of(page * self.page_size + offset, _ROWS)
         return ref.at[pl.ds(first, place.piece), place.head]
+
+
+def _ceil(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
 
 
 class Place(NamedTuple):

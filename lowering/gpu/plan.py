@@ -148,7 +148,7 @@ class Plan:
     @property
     def chunk(self) -> int:
         """Columns of the accumulator that one matrix product makes."""
-        return _chunk(self.Dv, self.dtype)
+        return chunk(self.Dv, self.dtype)
 
     @property
     def narrow_out(self) -> bool:
@@ -171,7 +171,7 @@ class Plan:
         return self.G if self.row_tiles == 1 else math.gcd(self.G, WGMMA_ROWS)
 
 
-def _chunk(columns: int, dtype: Any) -> int:
+def chunk(columns: int, dtype: Any) -> int:
     """The most columns up to `_CHUNK` in which all chunks are equal and swizzled whole."""
     units = columns // swizzle_columns(columns, dtype)
     sizes = (columns // n for n in range(1, units + 1) if units % n == 0)
@@ -185,27 +185,35 @@ def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any)
     Hkv, Dv = key.shape[heads_axis(params)], value.shape[3]
     T = 64
     columns = Hkv * -(-Q * (Hq // Hkv) // WGMMA_ROWS)
-    # Two streams hide each other's latencies, if registers hold their sums, but they make twice the
-    # parts. With many short segments that is worth it, and with small heads: their logits take as
-    # long as the copies (B32 S8192 with 64/8/64 heads: 75 us for 104 on an H200).
-    short = columns > 4 and B * columns >= 4 * MULTIPROCESSORS
-    streams = 2 if Dv <= _CHUNK and (short or D + Dv <= _CHUNK) else 1
+    form = Form.of(operands, params)
     itemsize = jnp.dtype(query.dtype).itemsize
-    chunk = _chunk(Dv, query.dtype)
+    result_columns = chunk(Dv, query.dtype)
 
-    def stages(pieces: int) -> int:
+    def stages(streams: int, pieces: int) -> int:
         """The blocks of keys and values that fit into a stream's shared memory."""
         left = (SHARED_MEMORY - _TABLES_BYTES - 4 * 1024) // streams
         # A query, and 32 bits for each column of a piece: half of them for partial results.
-        left -= WGMMA_ROWS * (D * itemsize + chunk // pieces * 4)
-        block = T * (D + Dv) * itemsize
+        left -= WGMMA_ROWS * (D * itemsize + result_columns // pieces * 4)
+        left -= T * form.widened_bytes(D, Dv, itemsize)
+        block = T * form.position_bytes(D, Dv, itemsize)
         return min(left // block, max(2, _IN_FLIGHT // block))
 
     # Several pieces wait for one another; they are worth it for a second block in flight.
-    pieces = next((n for n in (1, 2) if stages(n) > 1 and chunk % (16 * n) == 0), 1)
+    most = (1, 2, 4) if form.narrow else (1, 2)
+    possible = [n for n in most if result_columns % (16 * n) == 0]
+    # Two streams hide each other's latencies, if registers hold their sums and each has room for a
+    # block, but they make twice the parts. With many short segments that is worth it, and with
+    # small heads: their logits take as long as the copies (B32 S8192 with 64/8/64 heads: 75 us for
+    # 104 on an H200). So do quantised blocks, which are widened first (B16 S8192 with 32/8/128
+    # heads in int8: 91 us for 122).
+    short = columns > 4 and B * columns >= 4 * MULTIPROCESSORS
+    wanted = Dv <= _CHUNK and (short or D + Dv <= _CHUNK or form.narrow)
+    streams = 2 if wanted and stages(2, possible[-1]) > 0 else 1
+    enough = min(2, stages(streams, possible[-1]))
+    pieces = next(n for n in possible if stages(streams, n) >= enough)
     return Plan(
         B, Q, Hq, Hkv, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
-        Form.of(operands, params), T, pieces, streams, stages(pieces),
+        form, T, pieces, streams, stages(streams, pieces),
         _parts(columns, streams * MULTIPROCESSORS),
     )  # fmt: skip
 

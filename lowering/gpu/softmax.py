@@ -23,9 +23,10 @@ from jax_ragged.lowering.params import RaggedAttentionParams
 LOG2_E = math.log2(math.e)
 
 # Registers of a warpgroup: a tile [rows, columns] as a matrix product leaves it, and a value for
-# each of its rows [rows].
+# each of its rows [rows] or columns [columns].
 TILE = plgpu.Layout.WGMMA
 ROWS = TILE.reduce(1)
+COLUMNS = TILE.reduce(0)
 
 
 class Softmax(NamedTuple):
@@ -62,11 +63,25 @@ def down_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def logits(params: RaggedAttentionParams, dots: jax.Array) -> jax.Array:
-    """Computes logits in units of log 2 from products <q, k>."""
+def logits(params: RaggedAttentionParams, dots: jax.Array, unit: Any = None) -> jax.Array:
+    """Computes logits in units of log 2 from products <q, k> [rows, T].
+
+    `unit` is the scale of quantised keys, a number or one for each position [T]; or None.
+    """
     if params.logits_soft_cap is None:
-        return dots * (params.softmax_scale * LOG2_E)
-    return capped(params.logits_soft_cap, cap_remainder(params, dots))
+        return _in_units(dots, unit, params.softmax_scale * LOG2_E)
+    return capped(params.logits_soft_cap, cap_remainder(params, _in_units(dots, unit, 1.0)))
+
+
+def _in_units(dots: jax.Array, unit: Any, factor: float) -> jax.Array:
+    """Multiplies products [rows, T] by a factor, and by the keys' unit as `logits` has it."""
+    if unit is None:
+        return dots * factor
+    units = unit * factor
+    if units.ndim == 1:
+        units = lax.broadcast_in_dim(units, dots.shape, [1])
+    product: jax.Array = dots * units
+    return product
 
 
 def cap_remainder(params: RaggedAttentionParams, dots: jax.Array) -> jax.Array:

@@ -201,6 +201,8 @@ def make_team_plan(
     whole = ceil_to(Q, SWIZZLE_ROWS)
     if Q * G <= WGMMA_ROWS:
         return None  # one tile of the other schedule holds all rows that share a KV head
+    if form.narrow:
+        return None  # the other schedule's kernel alone widens quantised blocks
 
     def blocks(T: int) -> int:
         """How many blocks of keys and values fit into shared memory."""

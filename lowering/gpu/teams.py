@@ -176,8 +176,7 @@ def _copy(plan: TeamPlan, refs: Refs) -> None:
             following = plan.form.pages(refs, place, begin + plan.T, plan.T)
             for name in ("key", "value"):
                 plgpu.barrier_wait(refs[f"{name}_free"].at[slot])
-                to, full = refs[f"{name}_blocks"].at[slot], refs[f"{name}_full"].at[slot]
-                plan.form.copy_block(refs[name], to, full, place, begin, pages)
+                plan.form.copy_block(refs, name, slot, place, begin, pages)
             # Behind the first block, which need not wait until the last queries are used.
             pl.when(i == 0)(lambda: copy_queries(at))
             return following
