@@ -20,6 +20,7 @@ whose steps write what they read.
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import re
 import tempfile
@@ -40,7 +41,7 @@ from jax.sharding import (
 
 from benchmarks.tpu_cases import SCHEDULED, TOPOLOGIES, Scheduled
 from jax_ragged import ragged_attention
-from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.contract import Operands
 from jax_ragged.lowering.tpu.chips import MIB, chip_of
 from jax_ragged.lowering.tpu.choice import Sizes, choose, readings
 from jax_ragged.lowering.tpu.cost import Work
@@ -190,14 +191,20 @@ def _copies(program: Any, elements: int) -> int:
     return sum(1 for match in found if match and _size(match[1]) >= elements)
 
 
-def _compile(generation: str, call: Callable[..., Any], *shapes: Any) -> tuple[Any, Any]:
+def _half_of(operands: Operands) -> int:
+    """Half the elements of the smallest of the arrays that are as long as the cache."""
+    cache = (x for x in (*operands[1:3], operands.key_scale) if x is not None)
+    return min(math.prod(x.shape) for x in cache) // 2
+
+
+def _compile(generation: str, call: Callable[..., Any], *arrays: Any) -> tuple[Any, Any]:
     """The device of a generation, and the program compiled for it."""
     device: Any = topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGIES[generation]
     ).devices[0]
     sharding = SingleDeviceSharding(device)
     _clear_dump()
-    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+    arrays = jax.tree.map(lambda x: x.update(sharding=sharding), arrays)
     # jax's kernels ask what device they are traced for.
     kind = AbstractDevice(
         platform="tpu", device_kind=device.device_kind, num_cores=chip_of(device.device_kind).cores
@@ -209,25 +216,17 @@ def _compile(generation: str, call: Callable[..., Any], *shapes: Any) -> tuple[A
 
 def ours(generation: str, case: Scheduled) -> Row:
     """The kernel with its default block size."""
-    query, cache = (B, case.Q, case.Hq, case.D), (B, S, case.Hkv, case.D)
-    window = ((B, case.Q), jnp.int32)
-
-    def call(*operands: jax.Array) -> Any:
-        return ragged_attention(*operands, implementation="kernel")
-
-    device, program = _compile(
-        generation, call, (query, DTYPE), (cache, DTYPE), (cache, DTYPE), window, window
-    )
+    operands = case.operands(B, S)
+    device, program = _compile(generation, case.call, operands)
     chip = chip_of(device.device_kind)
-    q, k = (jax.ShapeDtypeStruct(shape, DTYPE) for shape in (query, cache))
-    chosen = forward_choice(q, k, k, RaggedAttentionParams(), chip)
+    chosen = forward_choice(operands, case.params(operands), chip)
     mib = chosen.work.moved_bytes(chosen.blocks.T) / MIB
     return Row(
         generation,
         "ours",
         str(case),
         program.memory_analysis().temp_size_in_bytes,
-        _copies(program, B * S * case.Hkv * case.D // 2),
+        _copies(program, _half_of(operands)),
         mib,
         Schedule(_kernel_text("ragged_attention_[gm]")).steady_step(),
         mib * chip.dma_cycles,
@@ -267,25 +266,22 @@ DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[[Sizes], Work]]] = {
 
 def derivative(generation: str, case: Scheduled, name: str) -> Row:
     """The kernel of a derivative with its default block size; its DMA reads and writes."""
-    query, cache = (B, case.Q, case.Hq, case.D), (B, S, case.Hkv, case.D)
-    window = ((B, case.Q), jnp.int32)
     function, work_of = DERIVATIVES[name]
 
-    def call(*operands: jax.Array) -> Any:
-        return function(operands[:3], operands[3:5], operands[5:])
+    def call(operands: Operands, moving: Any) -> Any:
+        return function(operands[:3], operands[3:5], moving)
 
-    arrays = [(query, DTYPE), (cache, DTYPE), (cache, DTYPE)]
-    device, program = _compile(generation, call, *arrays, window, window, *arrays)
-    chip = chip_of(device.device_kind)
-    q, k = (jax.ShapeDtypeStruct(shape, DTYPE) for shape in (query, cache))
-    chosen = choose(readings(q, k, k), work_of, chip, RaggedAttentionParams())
+    operands = case.operands(B, S)
+    device, program = _compile(generation, call, operands, operands[:3])
+    chip, params = chip_of(device.device_kind), case.params(operands)
+    chosen = choose(readings(operands, params), work_of, chip, params)
     mib = chosen.work.moved_bytes(chosen.blocks.T) / MIB
     return Row(
         generation,
         name,
         str(case),
         program.memory_analysis().temp_size_in_bytes,
-        _copies(program, B * S * case.Hkv * case.D // 2),
+        _copies(program, _half_of(operands)),
         mib,
         Schedule(_kernel_text(f"ragged_attention_{name[:3]}")).steady_step(),
         mib * chip.dma_cycles,
@@ -335,7 +331,8 @@ def ragged_paged_attention(generation: str, case: Scheduled) -> Row:
 
 
 def _peer(name: str, generation: str, case: Scheduled, call: Any, *shapes: Any) -> Row:
-    _, program = _compile(generation, call, *shapes)
+    arrays = [jax.ShapeDtypeStruct(*x) for x in shapes]
+    _, program = _compile(generation, call, *arrays)
     paths = Path(DUMP.name).glob("*schedule-analysis_final_bundles.txt")
     totals = [
         int(match[1])

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 import oracle
 from benchmarks.tpu_cases import TOPOLOGIES
 from cases import Case, assert_close, ids, poison, tiered
+from jax_ragged.lowering.contract import Operands
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu.chips import chip_of
@@ -172,10 +173,12 @@ def test_subsets(wrt: tuple[int, ...], given: tuple[bool, ...]) -> None:
 
 def _reading(case: Case, wrt: tuple[bool, bool, bool]) -> CacheForm:
     """How the kernel of the cotangents reads the keys."""
-    query, key, value = (jax.ShapeDtypeStruct(s, case.dtype) for s in _folded_shapes(case))
-    sizes = readings(query, key, value)
+    arrays: list[Any] = [jax.ShapeDtypeStruct(s, case.dtype) for s in _folded_shapes(case)]
+    arrays += [jax.ShapeDtypeStruct(arrays[0].shape[:2], jnp.int32)] * 2
+    operands = Operands(*arrays)
+    params = RaggedAttentionParams()
     work_of = functools.partial(vjp_work, wrt=wrt)
-    return choose(sizes, work_of, chip_of(None), RaggedAttentionParams()).sizes.key
+    return choose(readings(operands, params), work_of, chip_of(None), params).sizes.key
 
 
 def _assert_bfloat16(case: Case, wrt: tuple[int, ...]) -> None:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from cases import Case, Operands, assert_results, ids, poison, tiered
 from jax_ragged import RaggedAttention, Unsupported, ragged_attention
+from jax_ragged.lowering import contract
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu import choice, forward, tiles
@@ -187,8 +188,8 @@ BY_HEAD: dict[str, Any] = {"mask_value": -1.5e30, "block_size": 128}
 def by_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every head of the cache is read by itself, whatever the model of its cost says."""
 
-    def sizes(*operands: Any, **_: Any) -> list[Any]:
-        return [choice.Sizes(*operands, by_head=True)]
+    def sizes(*call: Any, **_: Any) -> list[Any]:
+        return [choice.Sizes(*call, by_head=True)]
 
     monkeypatch.setattr(forward, "readings", sizes)
 
@@ -237,7 +238,7 @@ def test_strided_words(H: int, D: int) -> None:
         plan: Any = SimpleNamespace(blocks=Blocks(S, chunk, 0))
         for j, head in itertools.product(range(S // chunk), range(H)):
             block = tiles.head_block(x_ref, layout, plan, j, head)
-            out_ref[head, pl.ds(j * chunk, chunk)] = block
+            out_ref[head, pl.ds(j * chunk, chunk)] = block.astype(out_ref.dtype)
 
     shape = jax.ShapeDtypeStruct((H, S, D), jnp.bfloat16)
     heads = pl.pallas_call(kernel, out_shape=shape, interpret=True)(layout.view(x))
@@ -256,7 +257,10 @@ def test_heads_are_separated_for_many_rows(
         jax.ShapeDtypeStruct(shape, jnp.bfloat16)
         for shape in ((8, Q, Hq, 128), (8, 4096, Hkv, 128))
     )
-    chosen = forward.forward_choice(q, k, k, RaggedAttentionParams(), chip_of(kind))
+    windows: Any = jax.ShapeDtypeStruct((8, Q), jnp.int32)
+    arrays: list[Any] = [q, k, k, windows, windows]
+    operands = contract.Operands(*arrays)
+    chosen = forward.forward_choice(operands, RaggedAttentionParams(), chip_of(kind))
     assert chosen.sizes.key.strided is strided
 
 

@@ -10,11 +10,14 @@ A call passes through these modules, in this order:
 Every kernel walks tiles: the queries of one row of the cache that a step computes together.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jax_ragged.lowering.cache import is_dense, jvp_by_dense, vjp_by_dense
 from jax_ragged.lowering.contract import (
     ByOperand,
     ByResult,
@@ -59,7 +62,13 @@ def _checked(operands: Operands | Residuals, device_kind: str | None) -> Chip:
 
 
 class _TPU(Lowering):
-    """The kernels of `forward`, `tangents`, and `cotangents` with `maximum`."""
+    """The kernels of `forward`, `tangents`, and `cotangents` with `maximum`.
+
+    They take every form of cache. Gradients of pools, of quantised caches and of scales go through
+    the dense cache.
+    """
+
+    dense_only = False
 
     def forward(
         self, operands: Operands, params: RaggedAttentionParams, device_kind: str | None
@@ -73,7 +82,11 @@ class _TPU(Lowering):
         params: RaggedAttentionParams,
         device_kind: str | None,
     ) -> ByResult[jax.Array]:
-        return jvp_kernel.jvp(residuals, tangents, params, _checked(residuals, device_kind))
+        chip = _checked(residuals, device_kind)
+        jvp = functools.partial(jvp_kernel.jvp, chip=chip)
+        if tangents.key_scale is not None or tangents.value_scale is not None:
+            return jvp_by_dense(jvp, residuals, tangents, params)
+        return jvp(residuals, tangents, params)
 
     def vjp(
         self,
@@ -84,7 +97,11 @@ class _TPU(Lowering):
         device_kind: str | None,
     ) -> ByOperand[jax.Array | None]:
         chip = _checked(residuals, device_kind)
-        return vjp_kernel.vjp(residuals, cotangents, wrt, params, chip)
+        vjp = functools.partial(vjp_kernel.vjp, chip=chip)
+        of_cache = any(dtype is not None for dtype in wrt[1:])
+        if of_cache and not is_dense(residuals, dataclasses.replace(params, cache_layout="BSHD")):
+            return vjp_by_dense(vjp, residuals, cotangents, wrt, params)
+        return vjp(residuals, cotangents, wrt, params)
 
 
 LOWERING = _TPU()

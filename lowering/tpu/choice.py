@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jax_ragged.lowering.contract import Unsupported
+from jax_ragged.lowering.cache import positions, positions_axis
+from jax_ragged.lowering.contract import Operands, Residuals, Unsupported
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu.chips import Chip
 from jax_ragged.lowering.tpu.cost import VMEM_SHARE, Blocks, Work, blocks_for, compute_cycles
@@ -29,18 +30,43 @@ class Sizes:
     """The sizes of one call, and how its queries become rows of the kernel.
 
     Rows are (key head, query, head of the group), so that the rows of one key head stand together.
-    With `by_head` each head of the cache is read by itself, in any form.
+    With `by_head` each head of the cache is read by itself, in any form. `pages` is the number of a
+    row's pages, 0 without a page table; `page` the positions of one, None if a row has just one.
+
+    Raises:
+      Unsupported: for pages that no kernel reads.
     """
 
-    def __init__(self, query: Any, key: Any, value: Any, *, by_head: bool = False) -> None:
-        self.B, self.Q, self.Hq, self.D = query.shape
-        S, self.Hkv = key.shape[1:3]
-        self.Dv = value.shape[3]
+    def __init__(
+        self,
+        operands: Operands | Residuals,
+        params: RaggedAttentionParams,
+        *,
+        by_head: bool = False,
+    ) -> None:
+        key, value = operands.key, operands.value
+        self.B, self.Q, self.Hq, self.D = operands.query.shape
+        axis = self.axis = positions_axis(params)
+        self.Hkv, self.Dv = key.shape[3 - axis], value.shape[3]
         self.G = self.Hq // self.Hkv
-        self.dtype = query.dtype
+        self.dtype = operands.query.dtype
+        self.positions = positions(operands, params)
         # XLA gives caches shorter than the lanes other layouts: they are padded, a small copy.
-        self.S = max(S, LANES)
-        layouts = (CacheForm.of(self.S, self.Hkv, n, self.dtype) for n in (self.D, self.Dv))
+        self.S = self.positions if params.paged else max(self.positions, LANES)
+        stored = self.stored = key.shape[axis] if params.paged else self.S
+        if params.paged and stored % LANES and (self.D % LANES or self.Dv % LANES):
+            raise Unsupported(
+                f"XLA keeps the pages of {stored} positions side by side in the lanes for head "
+                f"dimensions {self.D} and {self.Dv}, of which one is no multiple of {LANES}",
+                f"Use pages of a multiple of {LANES} positions.",
+            )
+        # A row that is one page is read as a row of a dense cache is.
+        self.page = stored if stored < self.S else None
+        self.pages = self.positions // stored if params.paged else 0
+        layout_of = functools.partial(
+            CacheForm.of, stored, self.Hkv, heads_first=params.cache_layout == "BHSD"
+        )
+        layouts = (layout_of(x.shape[3], x.dtype) for x in (key, value))
         self.key, self.value = (x.by_head() if by_head else x for x in layouts)
         self.tiles = -(-self.Q * self.Hq // MAX_ROWS)
         self.queries = -(-self.Q // self.tiles)
@@ -54,11 +80,24 @@ class Sizes:
 
     def work(self, **arrays: Any) -> Work:
         """The work of a kernel; without arguments, of the forward."""
-        return Work(self.key, self.value, self.dtype, self.rows, self.V, self.S, **arrays)
+        table = self.B * self.pages
+        sizes = self.rows, self.V, self.S, self.page, table
+        return Work(self.key, self.value, self.dtype, *sizes, **arrays)
 
-    def pad_cache(self, x: jax.Array) -> jax.Array:
-        missing = self.S - x.shape[1]
-        return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+    def positions_first(self, x: jax.Array) -> jax.Array:
+        """A cache or scale [B, S, Hkv, ...] of 128 positions or more, from one of the call."""
+        x = self.in_order(x)
+        missing = self.S - self.positions
+        padding = ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))
+        return jnp.pad(x, padding) if missing else x
+
+    def from_positions_first(self, x: jax.Array) -> jax.Array:
+        """The inverse of `positions_first`."""
+        return self.in_order(x[:, : self.positions])
+
+    def in_order(self, x: jax.Array) -> jax.Array:
+        """Exchanges heads and positions where the call has heads first."""
+        return x.swapaxes(1, 2) if self.axis == 2 else x
 
     def tile_windows(self, x: jax.Array) -> jax.Array:
         """[B, Q] to [V, queries]; padding queries repeat the last window."""
@@ -209,9 +248,11 @@ class Choice:
         )
 
 
-def readings(query: Any, key: Any, value: Any, *, alike_columns: bool = False) -> list[Sizes]:
+def readings(
+    operands: Operands | Residuals, params: RaggedAttentionParams, *, alike_columns: bool = False
+) -> list[Sizes]:
     """The sizes of a call for each reading; the forward needs columns that are alike."""
-    together, by_head = (Sizes(query, key, value, by_head=x) for x in (False, True))
+    together, by_head = (Sizes(operands, params, by_head=x) for x in (False, True))
     if alike_columns and not alike(together.key, together.value):
         return [by_head]
     separable = by_head.key.strided and by_head.value.strided
@@ -235,6 +276,10 @@ def choose(
         work = work_of(x)
         # Heads that are read by themselves are not summed over tiles of queries.
         if i > 0 and work.summed:
+            continue
+        reason = x.key.reason or x.value.reason
+        if reason is not None:
+            refusals.append(Unsupported(reason, 'Keep heads first: cache_layout="BHSD".'))
             continue
         try:
             blocks = blocks_for(work, chip, params.block_size, vmem_most)

@@ -53,10 +53,13 @@ class Work:
     Attributes:
       key: layout of the keys.
       value: layout of the values.
-      dtype: of queries and cache.
+      dtype: of queries.
       rows: R, query rows (head, query) in one step.
       tiles: V, tiles of queries in the call.
-      S: positions of the cache.
+      S: positions of a row of the cache.
+      page: positions of a page, of which a block is a part, or a number; None if a row's positions
+        lie in one place.
+      table: entries of the page table.
       key_arrays: arrays of the size of the keys that are read or written; float32 of bfloat16
         counts as two.
       value_arrays: arrays of the size of the values, likewise.
@@ -71,6 +74,8 @@ class Work:
     rows: int
     tiles: int
     S: int
+    page: int | None = None
+    table: int = 0
     key_arrays: int = 1
     value_arrays: int = 1
     products: int = 2
@@ -79,8 +84,19 @@ class Work:
 
     @property
     def granule(self) -> int:
-        """The fewest positions of a chunk: whole registers of 128 columns in all products."""
-        return math.lcm(*(LANES // math.gcd(LANES, c.columns) for c in (self.key, self.value)))
+        """The fewest positions of a chunk: whole registers of 128 columns, and of scales."""
+        layouts = (self.key, self.value)
+        if any(x.packing == 4 for x in layouts):
+            return LANES
+        return math.lcm(*(LANES // math.gcd(LANES, x.columns) for x in layouts))
+
+    def block_of(self, T: int) -> int:
+        """The smallest block of T positions or more."""
+        if self.page is None:
+            return round_up(T, self.granule)
+        parts = range(self.granule, self.page + 1, self.granule)
+        fitting = [n for n in parts if n >= T and self.page % n == 0]
+        return min(fitting, default=round_up(T, math.lcm(self.page, self.granule)))
 
     @property
     def registers(self) -> float:
@@ -94,12 +110,12 @@ class Work:
 
     def moved_bytes(self, T: int) -> int:
         """Bytes that a step of T positions reads and writes of arrays like the cache."""
-        key, value = (x.block_bytes(T, self.dtype) for x in (self.key, self.value))
+        key, value = (x.block_bytes(T) for x in (self.key, self.value))
         return self.key_arrays * key + self.value_arrays * value
 
     def is_short(self, T: int) -> bool:
         """Whether a block of T positions can be larger and is smaller than `least_bytes`."""
-        key, value = (x.block_bytes(T, self.dtype) for x in (self.key, self.value))
+        key, value = (x.block_bytes(T) for x in (self.key, self.value))
         return T < self.S and key + value < self.least_bytes
 
     def vmem_bytes(self, T: int, chunk: int) -> int:
@@ -110,15 +126,17 @@ class Work:
         columns = chunk * max(self.key.columns, self.value.columns)
         pieces = max(self.key.stacked, self.value.stacked)
         logits = 2 * 4 * self.rows * pieces * columns
+        narrow = [x for x in (self.key, self.value) if x.packing == 4]
+        scales = sum(2 * 4 * T * round_up(x.heads, SUBLANES) for x in narrow)
         # Between different columns (derivatives) stands a 0/1 matrix, three times if exact.
         selection = 0 if alike(self.key, self.value) else 3 * 4 * chunk * columns
         layouts = (self.key, self.value)
         sums = sum(x.block_bytes(T, jnp.float32) for x in layouts) if self.summed else 0
-        return 2 * double_buffered + accumulators + logits + selection + sums
+        return 2 * double_buffered + accumulators + logits + scales + selection + sums
 
     def smem_bytes(self, T: int) -> int:
-        """Bytes of the work list."""
-        return 4 * (self.tiles * (-(-self.S // T) + 6) + 8)
+        """Bytes of the work list and of the page table."""
+        return 4 * (self.tiles * (-(-self.S // T) + 6) + 8 + self.table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,23 +172,24 @@ def blocks_for(
 
 
 def _blocks_of(work: Work, chip: Chip, block_size: int | None, vmem_most: float) -> Blocks:
-    granule = work.granule
-    most = round_up(work.S, granule)
+    most = work.block_of(work.S)
     if block_size is None:
         T = min(_model(work, chip), most)
         while work.smem_bytes(T) > SMEM_BYTES and T < most:
-            T = min(2 * T, most)
-    elif block_size % granule != 0 and block_size < work.S:
+            T = min(work.block_of(2 * T), most)
+    elif work.block_of(block_size) != block_size < work.S:
+        pages = "" if work.page is None else f", and pages of {work.page} positions"
         raise Unsupported(
-            f"block_size={block_size} is no multiple of {granule}, which these head counts and "
-            "head dimensions need"
+            f"block_size={block_size} is no multiple of {work.granule}, which these head counts "
+            f"and head dimensions{pages} need"
         )
     else:
         T = min(block_size, most)
     if work.smem_bytes(T) > SMEM_BYTES:
         raise Unsupported(
-            f"the work list of {work.tiles} tiles of queries in blocks of {T} positions does not "
-            f"fit in the {SMEM_BYTES} bytes of SMEM kept for it"
+            f"the work list of {work.tiles} tiles of queries in blocks of {T} positions"
+            f"{f' and the {work.table} entries of the page table do' if work.table else ' does'} "
+            f"not fit in the {SMEM_BYTES} bytes of SMEM kept for them"
         )
     chunk = _chunk(work, T)
     declared = work.vmem_bytes(T, chunk)
@@ -184,22 +203,24 @@ def _blocks_of(work: Work, chip: Chip, block_size: int | None, vmem_most: float)
 
 def compute_cycles(work: Work, chip: Chip) -> float:
     """Cycles of compute for 1 MiB of cache."""
-    products = chip.mib_cycles + chip.register_cycles * work.registers
+    # A quantised cache has more positions in 1 MiB.
+    widened = jnp.dtype(work.dtype).itemsize / jnp.dtype(work.key.dtype).itemsize
+    products = widened * chip.mib_cycles + chip.register_cycles * work.registers
     exact = EXACT if work.dtype == jnp.float32 else 1
     stride = sum(x.stride for x in (work.key, work.value) if x.strided) / 2
     return exact * products + chip.stride_cycles * stride
 
 
 def _model(work: Work, chip: Chip) -> int:
-    """The smallest power-of-two multiple of the granule that hides its compute, as VMEM allows."""
+    """The smallest block, by powers of two, that hides its compute, as VMEM allows."""
     slack = TARGET * chip.dma_cycles - compute_cycles(work, chip)
     mib = min(STEP_CYCLES / slack, MAX_MIB) if slack > 0 else MAX_MIB
-    T = work.granule
-    while work.moved_bytes(T) < mib * MIB:
-        T *= 2
-    while T > work.granule and not _fits(work, chip, T):
-        T //= 2
-    return T
+    blocks = [work.block_of(work.granule)]
+    while work.moved_bytes(blocks[-1]) < mib * MIB:
+        blocks.append(work.block_of(2 * blocks[-1]))
+    while len(blocks) > 1 and not _fits(work, chip, blocks[-1]):
+        blocks.pop()
+    return blocks[-1]
 
 
 def _fits(work: Work, chip: Chip, T: int) -> bool:

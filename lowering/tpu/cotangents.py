@@ -37,6 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_ragged.lowering._compat import interpret_mode
+from jax_ragged.lowering.cache import positions
 from jax_ragged.lowering.contract import ByOperand, ByResult, Residuals
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu.chips import Chip
@@ -55,6 +56,7 @@ from jax_ragged.lowering.tpu.layout import LANES, CacheForm, Form
 from jax_ragged.lowering.tpu.logits import Logits, where_any
 from jax_ragged.lowering.tpu.maximum import first_maximum, maximum_work
 from jax_ragged.lowering.tpu.tiles import (
+    CacheBlock,
     Slices,
     WindowMask,
     dot,
@@ -78,15 +80,15 @@ class CotangentRefs:
 
     statistics: Any  # float32 [3, P, 128]: the maxima over KernelPlan.unit, u, and a
     query: Any  # [1, R, D]
-    key: Any  # a block of the view of the keys
-    value: Any = None  # a block of the view of the values, if s_bar is needed
-    out_bar: Any = None  # [1, R, Dv], o_bar / l in the dtype of the cache
+    key: CacheBlock  # a block of keys
+    value: CacheBlock | None = None  # a block of values, if s_bar is needed
+    out_bar: Any = None  # [1, R, Dv], o_bar / l in the dtype of query
     at: Any = None  # int32 [1, P, 128], the positions t*
     query_bar: Any = None  # [1, 1, R, D]
     query_sum: Any = None  # float32 [R, D], or [pieces R, 128]: `sum_shape`
-    key_bar: Any = None  # as key, in the dtype that is asked for
+    key_bar: Any = None  # as key.ref, in the dtype that is asked for
     key_sum: Any = None  # float32, as key_bar, if a row has several tiles
-    value_bar: Any = None  # as value, in the dtype that is asked for
+    value_bar: Any = None  # as value.ref, in the dtype that is asked for
     value_sum: Any = None  # float32, as value_bar, if a row has several tiles
     bounds: Any = None  # int32 [2, P, 128], the windows where queries have their own
 
@@ -117,8 +119,7 @@ class _Sum:
     @classmethod
     def of(cls, ref: Any, layout: CacheForm, weights: jax.Array, rows: jax.Array) -> Self:
         """The sum in the dtype of ref, which is wider than the cache's where sums follow."""
-        packing = 4 // ref.dtype.itemsize
-        return cls(ref, dataclasses.replace(layout, packing=packing), weights, rows)
+        return cls(ref, dataclasses.replace(layout, dtype=ref.dtype), weights, rows)
 
     def store(self, head: int, products: Slices, plan: KernelPlan, j: Any, *, add: bool) -> None:
         """Stores the products of chunk j, from a head on."""
@@ -217,7 +218,7 @@ def _kernel(step: Step, refs: CotangentRefs, plan: KernelPlan) -> None:
         u = refs.statistics[1]
         if refs.value is None:
             return [u] * count
-        return [x + u for x in products(refs.out_bar[0], refs.value, plan.value, plan, j, mask)]
+        return [x + u for x in products(refs.out_bar[0], refs.value, plan, j, mask)]
 
     def weights(j: Any, mask: WindowMask | None) -> tuple[Slices, Slices]:
         """Returns p and s_bar of chunk j."""
@@ -239,20 +240,23 @@ def _kernel(step: Step, refs: CotangentRefs, plan: KernelPlan) -> None:
         # one chunk hides behind the others.
         pairs = [weights(j, mask) for j in chunks]
         sums: list[list[_Sum]] = [[] for _ in chunks]
-        dtype = refs.key.dtype
         if for_logits:
-            s_weights = [weights_of(s_bar, plan.key, plan, dtype) for _, s_bar in pairs]
+            s_weights = [
+                weights_of(s_bar, refs.key, plan, j, mask)
+                for j, (_, s_bar) in zip(chunks, pairs, strict=True)
+            ]
             if refs.query_sum is not None:
                 total = refs.query_sum[...]
                 for j, x in zip(chunks, s_weights, strict=True):
-                    total += weighted(x, refs.key, plan.key, plan, j, mask)
+                    total += weighted(x, refs.key, plan, j, mask)
                 refs.query_sum[...] = total
             if key_bar is not None:
                 for of_chunk, x in zip(sums, s_weights, strict=True):
                     of_chunk.append(_Sum.of(key_bar, plan.key, x, refs.query[0]))
         if value_bar is not None:
-            for of_chunk, (p, _) in zip(sums, pairs, strict=True):
-                x = weights_of(p, plan.value, plan, dtype)
+            as_value = CacheBlock(value_bar, plan.value, refs.key.dtype)
+            for j, of_chunk, (p, _) in zip(chunks, sums, pairs, strict=True):
+                x = weights_of(p, as_value, plan, j, mask)
                 of_chunk.append(_Sum.of(value_bar, plan.value, x, refs.out_bar[0]))
         for j, of_chunk in zip(chunks, sums, strict=True):
             if of_chunk:
@@ -326,7 +330,7 @@ def vjp_plan(
     Raises:
       Unsupported: if one of them cannot.
     """
-    sizes = readings(*residuals[:3])
+    sizes = readings(residuals, params)
     with_o_bar = cotangents.out is not None
     asked = wrt if with_o_bar else wrt._replace(value=None)
     passes = [asked]
@@ -356,7 +360,7 @@ def vjp(
     """As `Lowering.vjp`."""
     plan = with_advice(
         params,
-        residuals.key.shape[1],
+        positions(residuals, params),
         lambda asked: vjp_plan(residuals, cotangents, wrt, asked, chip),
     )
     at = None if plan.maximum is None else first_maximum(residuals, plan.maximum)
@@ -385,11 +389,11 @@ def _pass(
         launch.lanes("at", rows_of(sizes, at))
     launch.lanes("statistics", saved.max_logits(launch), rows_of(sizes, u), rows_of(sizes, a))
     launch.rows("query", sizes.to_rows(saved.of_windows(query)))
-    launch.cache("key", key, sizes.key)
+    launch.cache("key", key, sizes.key, saved.residuals.key_scale)
     if o_bar is not None:
         launch.rows("out_bar", sizes.to_rows(o_bar))
         if for_query or for_key:
-            launch.cache("value", value, sizes.value)
+            launch.cache("value", value, sizes.value, saved.residuals.value_scale)
     if for_query:
         # The sums of two cores are added first, and rounded then.
         dtype = jnp.float32 if launch.walk.cores > 1 else dtypes.query
@@ -408,21 +412,22 @@ def _pass(
         bars["query"] = saved.of_windows(sizes.from_rows(q_bar))
     for name, layout in (("key", sizes.key), ("value", sizes.value)):
         if f"{name}_bar" in found:
-            bars[name] = layout.unview(found[f"{name}_bar"], sizes.S)[:, : key.shape[1]]
+            bar = layout.unview(found[f"{name}_bar"], sizes.S)
+            bars[name] = sizes.from_positions_first(bar)
     return bars
 
 
 def _of_rows(
     saved: Saved, cotangents: ByResult[jax.Array | None]
 ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """Returns o_bar / l [B, Q, Hq, Dv] in the dtype of the cache, and u and a [B, Q, Hq]."""
+    """Returns o_bar / l [B, Q, Hq, Dv] in the dtype of query, and u and a [B, Q, Hq]."""
     o_bar, m_bar, l_bar = cotangents
-    value, out, denominator = (getattr(saved.residuals, x) for x in ("value", "out", "denominator"))
+    query, out, denominator = (getattr(saved.residuals, x) for x in ("query", "out", "denominator"))
     u = a = jnp.zeros_like(denominator)
     if o_bar is not None:
         o_bar = saved.of_windows(o_bar.astype(u.dtype) * saved.inverse[..., None])
         # u cancels products of the values with o_bar / l, so it is taken from the same numbers.
-        o_bar = o_bar.astype(value.dtype)
+        o_bar = o_bar.astype(query.dtype)
         u -= (o_bar.astype(u.dtype) * out).sum(axis=-1)
     if l_bar is not None:
         u += l_bar

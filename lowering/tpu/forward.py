@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jax_ragged.lowering.cache import positions
 from jax_ragged.lowering.contract import ByResult, Operands
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu.chips import Chip
@@ -46,6 +47,7 @@ from jax_ragged.lowering.tpu.launch import Launch, from_rows
 from jax_ragged.lowering.tpu.layout import LANES
 from jax_ragged.lowering.tpu.logits import Logits
 from jax_ragged.lowering.tpu.tiles import (
+    CacheBlock,
     Slices,
     WindowMask,
     join_pieces,
@@ -65,8 +67,8 @@ class ForwardRefs:
     """The refs of the kernel."""
 
     query: Any  # [1, R, D]
-    key: Any  # a block of the view of the keys: `CacheForm.block_shape`
-    value: Any  # a block of the view of the values
+    key: CacheBlock  # a block of keys: `CacheForm.block_shape`
+    value: CacheBlock  # a block of values
     out: Any  # [1, R, Dv]
     statistics: Any  # float32 [1, 2, R], max_logits and denominator
     m: Any  # float32 [P, 128], in a lane the maximum of the head of its column
@@ -128,8 +130,8 @@ def _update(
     by_piece = jnp.concatenate([_by_row(plan, rescale)] * plan.value.stacked, axis=0)
     o = refs.o[rows] * to_lanes(by_piece, refs.o.shape[1])
     for chunk, slices in zip(logits, p, strict=True):
-        weights = weights_of(slices, plan.value, plan, refs.value.dtype)
-        o += weighted(weights, refs.value, plan.value, plan, chunk.j, mask, heads)
+        weights = weights_of(slices, refs.value, plan, chunk.j, mask, heads)
+        o += weighted(weights, refs.value, plan, chunk.j, mask, heads)
     refs.o[rows] = o
 
 
@@ -179,15 +181,13 @@ def _kernel(step: Step, refs: ForwardRefs, plan: KernelPlan) -> None:
                 refs.partial[0] = out
 
 
-def forward_choice(
-    query: Any, key: Any, value: Any, params: RaggedAttentionParams, chip: Chip
-) -> Choice:
+def forward_choice(operands: Operands, params: RaggedAttentionParams, chip: Chip) -> Choice:
     """How the forward kernel runs a call, of which only shapes and dtypes matter.
 
     Raises:
       Unsupported: if it cannot.
     """
-    sizes = readings(query, key, value, alike_columns=True)
+    sizes = readings(operands, params, alike_columns=True)
     return choose(sizes, Sizes.work, chip, params, VMEM_MOST)
 
 
@@ -195,14 +195,16 @@ def forward(operands: Operands, params: RaggedAttentionParams, chip: Chip) -> By
     """As `Lowering.forward`."""
     query, key, value = operands[:3]
     choice = with_advice(
-        params, key.shape[1], lambda asked: forward_choice(query, key, value, asked, chip)
+        params,
+        positions(operands, params),
+        lambda asked: forward_choice(operands, asked, chip),
     )
     launch = Launch(choice, operands, ForwardRefs)
     sizes, plan = launch.sizes, launch.plan
     R, Dv = sizes.rows, sizes.Dv
     launch.rows("query", sizes.to_rows(query))
-    launch.cache("key", key, sizes.key)
-    launch.cache("value", value, sizes.value)
+    launch.cache("key", key, sizes.key, operands.key_scale)
+    launch.cache("value", value, sizes.value, operands.value_scale)
     launch.by_tile("out", R, Dv, dtype=params.result_dtype(query.dtype))
     launch.by_tile("statistics", 2, R)
     if plan.cores > 1:

@@ -9,6 +9,9 @@ ref that is not launched is None.
     specs      tile of step     tile of step     block of step, or the     tile of step
                   |                  |           nearest in the windows         |
     VMEM      [1, R, n]         [1, 2, P]           block_shape(T)          [1, 1, R, n]
+
+A block of a pool is a part of a page, whose number the spec finds in the page table; or it is
+several pages, which a step copies beside each other for the next step, while it computes its own.
 """
 
 import functools
@@ -17,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -24,9 +28,12 @@ from jax_ragged.lowering.contract import Operands, Residuals
 from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu.choice import Choice, KernelPlan, Sizes
 from jax_ragged.lowering.tpu.grid import SCALARS, Step, Walk, WorkList
-from jax_ragged.lowering.tpu.layout import LANES, CacheForm
+from jax_ragged.lowering.tpu.layout import LANES, CacheForm, tokens_in_lanes
+from jax_ragged.lowering.tpu.tiles import CacheBlock, quotient, remainder
 
 Refs = TypeVar("Refs")
+# Pages of a block up to which their copies stand one after the other in the kernel's code.
+MOST_UNROLLED = 32
 # The position t* of a maximum that is nowhere.
 NOWHERE = jnp.iinfo(jnp.int32).max
 
@@ -83,7 +90,7 @@ class Launch(Generic[Refs]):
         """
         sizes, plan = choice.sizes, choice.plan
         lo = sizes.tile_windows(jnp.maximum(operands.starts, 0))
-        hi = sizes.tile_windows(jnp.minimum(operands.lengths, operands.key.shape[1]))
+        hi = sizes.tile_windows(jnp.minimum(operands.lengths, sizes.positions))
         T = choice.blocks.T
         count = -(-sizes.S // T)
         self.sizes, self.plan, self._refs = sizes, plan, refs
@@ -92,6 +99,10 @@ class Launch(Generic[Refs]):
         self._inputs: dict[str, tuple[jax.Array, pl.BlockSpec]] = {}
         self._outputs: dict[str, tuple[Any, pl.BlockSpec]] = {}
         self._scratch: dict[str, Any] = {}
+        self._caches: dict[str, CacheForm] = {}
+        self._copied: dict[str, Callable[..., Any]] = {}
+        self._table = operands.page_table
+        self._scalars = [*self.work, *([] if self._table is None else [self._table.reshape(-1)])]
         self._spread: list[str] = []
         self._compact: list[str] = []
         if plan.queries > 1:
@@ -103,7 +114,7 @@ class Launch(Generic[Refs]):
         """An index map from (core, tile, block)."""
 
         def index(core: Any, step: Any, *scalars: Any) -> tuple[Any, ...]:
-            tile, block, _ = self.walk.place(core, step, WorkList(*scalars))
+            tile, block, _ = self.walk.place(core, step, WorkList(*scalars[:SCALARS]))
             return place(core, tile, block)
 
         return index
@@ -130,17 +141,88 @@ class Launch(Generic[Refs]):
         else:
             self._spread_rows(name, jnp.stack(statistics, axis=1))
 
-    def cache(self, name: str, x: jax.Array, layout: CacheForm) -> None:
-        """Adds an operand like a cache, [B, S, H, D]."""
+    @property
+    def _pages(self) -> int:
+        """Pages of a block, of which each is copied by itself."""
+        return self.plan.blocks.T // self.sizes.page if self.sizes.page else 0
 
-        def index(core: Any, step: Any, *scalars: Any) -> tuple[Any, ...]:
-            return layout.block_index(*self.walk.read(core, step, WorkList(*scalars)))
+    def _read(self, core: Any, step: Any, *scalars: Any) -> tuple[Any, Any]:
+        """The row and the block that a step reads."""
+        return self.walk.read(core, step, WorkList(*scalars[:SCALARS]))
 
-        view = layout.view(self.sizes.pad_cache(x))
+    def _stored(self, core: Any, step: Any, *scalars: Any) -> tuple[Any, Any]:
+        """The row of a view, and the block in it, of a step whose block is no more than a page."""
+        row, block = self._read(core, step, *scalars)
+        if self._table is None:
+            return row, block
+        if self.sizes.page is None:
+            return scalars[SCALARS][row], block
+        parts = self.sizes.page // self.plan.blocks.T
+        page = row * self.sizes.pages + quotient(block, parts)
+        return scalars[SCALARS][page], remainder(block, parts)
+
+    def cache(
+        self, name: str, x: jax.Array, layout: CacheForm, scale: jax.Array | None = None
+    ) -> None:
+        """Adds an operand like a cache, in the order of `RaggedAttentionParams.cache_layout`."""
+        if scale is not None:
+            self._scale(f"{name}_scale", scale)
+        block = layout.block_shape(self.plan.blocks.T)
+        view = layout.view(self.sizes.positions_first(x))
         # Else XLA may fetch all of a small cache to VMEM ahead of the kernel, windows or not.
         view = pltpu.with_memory_space_constraint(view, pltpu.HBM)
-        block = layout.block_shape(self.plan.blocks.T)
+        self._caches[name] = layout
+        if self._pages > 1:
+            self._by_page(name, view, block, layout.tokens_at)
+            return
+
+        def index(*place: Any) -> tuple[Any, ...]:
+            return layout.block_index(*self._stored(*place))
+
         self._inputs[name] = view, pl.BlockSpec(block, index)
+
+    def _scale(self, name: str, x: jax.Array) -> None:
+        """Adds the scale of a cache, with 1 for a dimension that shares it.
+
+        XLA keeps positions in the lanes, [B, heads, S] or [P, heads, T], so blocks of it are read
+        in place. Pages that are no multiple of the lanes are in the lanes themselves: of those the
+        scales, not the values, are gathered.
+        """
+        sizes, table, T = self.sizes, self._table, self.plan.blocks.T
+        x = sizes.positions_first(x) if x.shape[sizes.axis] > 1 else sizes.in_order(x)
+        x = x.swapaxes(1, 2)
+        rows, heads, stored = x.shape
+        pooled = table is not None and (rows, stored) != (1, 1)
+        if table is not None and pooled and (rows == 1 or stored % LANES):
+            pages = x[table if rows > 1 else jnp.zeros_like(table)]
+            pages = jnp.broadcast_to(pages, (*pages.shape[:3], sizes.stored)).swapaxes(1, 2)
+            x = pages.reshape(sizes.B, heads, sizes.S)
+            rows, stored, pooled = sizes.B, sizes.S, False
+        if stored == 1:
+            x = jnp.broadcast_to(x, (rows, heads, LANES))
+        x = pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        block = (1, heads, T if stored > 1 else LANES)
+        if pooled and self._pages > 1:
+            self._by_page(name, x, block, tokens_in_lanes)
+            return
+
+        def index(*place: Any) -> tuple[Any, ...]:
+            row, block = (self._stored if pooled else self._read)(*place)
+            return (row if rows > 1 else 0, 0, block if stored > 1 else 0)
+
+        self._inputs[name] = x, pl.BlockSpec(block, index)
+
+    def _by_page(
+        self, name: str, x: jax.Array, block: tuple[int, ...], tokens_at: Callable[..., Any]
+    ) -> None:
+        """Adds a pool of which a block is several pages, and two buffers for them.
+
+        `tokens_at` is the place in a block of its i-th T positions, as `CacheForm.tokens_at`.
+        """
+        self._inputs[name] = x, pl.BlockSpec(memory_space=pltpu.HBM)
+        self.scratch(f"{name}_pages", 2, *block[1:], dtype=x.dtype)
+        self._scratch[f"{name}_copied"] = pltpu.SemaphoreType.DMA((2,))
+        self._copied[name] = tokens_at
 
     def _output(self, name: str, full: tuple[int, ...], dtype: Any, spec: pl.BlockSpec) -> None:
         like = next(iter(self._inputs.values()))[0]
@@ -188,15 +270,16 @@ class Launch(Generic[Refs]):
         names = [*self._inputs, *self._outputs, *self._scratch]
 
         def body(*refs: Any) -> None:
-            work = WorkList(*refs[:SCALARS])
-            named = dict(zip(names, refs[SCALARS:], strict=True))
-            step = Step(self.walk, work)
-            kernel(step, self._refs(**self._by_lane(step, named)), self.plan)
+            scalars, arrays = refs[: len(self._scalars)], refs[len(self._scalars) :]
+            named = dict(zip(names, arrays, strict=True))
+            step = Step(self.walk, WorkList(*scalars[:SCALARS]))
+            named = self._blocks(scalars, self._by_lane(step, named))
+            kernel(step, self._refs(**named), self.plan)
 
         results = pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=SCALARS,
+                num_scalar_prefetch=len(self._scalars),
                 grid=(self.walk.cores, self.walk.steps(self.work)),
                 in_specs=[spec for _, spec in self._inputs.values()],
                 out_specs=[spec for _, spec in self._outputs.values()],
@@ -208,7 +291,7 @@ class Launch(Generic[Refs]):
                 vmem_limit_bytes=self.plan.blocks.vmem_limit,
             ),
             name=name,
-        )(*self.work, *(x for x, _ in self._inputs.values()))
+        )(*self._scalars, *(x for x, _ in self._inputs.values()))
         return dict(zip(self._outputs, results, strict=True))
 
     def _by_lane(self, step: Step, named: dict[str, Any]) -> dict[str, Any]:
@@ -223,6 +306,57 @@ class Launch(Generic[Refs]):
 
             named[name] = spread
         return named | {name: named[name].at[0] for name in self._compact}
+
+    def _blocks(self, scalars: Any, named: dict[str, Any]) -> dict[str, Any]:
+        """The refs by name, with the blocks of caches, after those of pages have been copied."""
+        if self._copied:
+            here = self._copy_pages(scalars, named)
+            for name in self._copied:
+                named[name] = named.pop(f"{name}_pages").at[here]
+                del named[f"{name}_copied"]
+        blocks = {
+            name: CacheBlock(
+                named[name], layout, self.sizes.dtype, named.pop(f"{name}_scale", None)
+            )
+            for name, layout in self._caches.items()
+        }
+        return named | blocks
+
+    def _copy_pages(self, scalars: Any, named: dict[str, Any]) -> Any:
+        """Starts the copies of the next step's pages, and waits for those of this step.
+
+        Returns:
+          The index of this step's half of the buffers.
+        """
+        core, step = pl.program_id(0), pl.program_id(1)
+        work, table = WorkList(*scalars[:SCALARS]), scalars[SCALARS]
+        pools = [
+            (named[name], named[f"{name}_pages"], named[f"{name}_copied"], tokens_at)
+            for name, tokens_at in self._copied.items()
+        ]
+
+        def start(step: Any, _: None) -> None:
+            row, block = self.walk.read(core, step, work)
+            half = remainder(step, 2)
+
+            def copy(i: Any, _: None) -> None:
+                # The last block of a row may be longer than the rest of the row.
+                page = jnp.minimum(block * self._pages + i, self.sizes.pages - 1)
+                page = table[row * self.sizes.pages + page]
+                for pool, buffer, copied, tokens_at in pools:
+                    to = buffer.at[half].at[tokens_at(i, self.sizes.page)]
+                    pltpu.make_async_copy(pool.at[page], to, copied.at[half]).start()
+
+            lax.fori_loop(0, self._pages, copy, None, unroll=self._pages <= MOST_UNROLLED)
+
+        # The first step starts its own copies too.
+        first, end = jnp.where(step == 0, 0, step + 1), self.walk.steps(work)
+        lax.fori_loop(first, jnp.minimum(step + 2, end), start, None)
+        here = remainder(step, 2)
+        for _, buffer, copied, _ in pools:
+            # Waiting is for a number of bytes: those of all pages together.
+            pltpu.make_async_copy(buffer.at[here], buffer.at[here], copied.at[here]).wait()
+        return pl.ds(here, 1)
 
     def visited(self, x: jax.Array, neutral: float) -> jax.Array:
         """A partial result of each core, [cores, V, ...], and neutral where a core has none."""

@@ -2,16 +2,18 @@
 
 XLA lays an array [B, S, H, D] out with the least padding to tiles of 128 lanes and 8 sublanes. A
 kernel that asks for another order makes XLA copy the whole cache at every call; a transpose or
-reshape to the physical order is a bitcast.
+reshape to the physical order is a bitcast. A cache [B, H, S, D] is taken as its transpose, which
+XLA does not move; the layout knows of it only where two orders are padded alike.
 """
 
 import dataclasses
 import enum
 import functools
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 LANES = 128
@@ -37,14 +39,18 @@ def _second_minor(H: int, dtype: DTypeLike) -> int:
     return H if H in (1, 2, 4) and H >= least else round_up(H, SUBLANES)
 
 
-def physical_form(S: int, H: int, D: int, dtype: DTypeLike) -> Form:
-    """The order that XLA chooses for an argument [B, S, H, D]: the least padded, ties in order."""
+def physical_form(S: int, H: int, D: int, dtype: DTypeLike, *, heads_first: bool = False) -> Form:
+    """The order that XLA chooses for an argument [B, S, H, D], or [B, H, S, D] if heads_first.
+
+    It is the least padded one, and of those alike the one nearest to the order of dimensions.
+    """
     padded = {
         Form.TOKENS: S * _second_minor(H, dtype) * round_up(D, LANES),
         Form.HEADS: H * round_up(S, SUBLANES) * round_up(D, LANES),
         Form.SEQUENCE: H * round_up(D, SUBLANES) * round_up(S, LANES),
     }
-    return min(padded, key=lambda form: padded[form])
+    first = Form.HEADS if heads_first else Form.TOKENS
+    return min(padded, key=lambda form: (padded[form], form is not first))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,31 +66,49 @@ class CacheForm:
       form: the physical order.
       heads: H.
       head_dim: D.
+      dtype: of the cache.
       pieces: rows into which the lanes of one head of one token are cut, in the form TOKENS.
-      packing: elements in the 32 bits of a lane of a sublane; in the form TOKENS, so many heads
-        of a token.
       strided: whether a head is read by itself in the form TOKENS, by strided loads.
     """
 
     form: Form
     heads: int
     head_dim: int
+    dtype: DTypeLike
     pieces: int = 1
-    packing: int = 1
     strided: bool = False
 
     @classmethod
-    def of(cls, S: int, H: int, D: int, dtype: DTypeLike) -> Self:
-        """The layout of [B, S, H, D]."""
-        form = physical_form(S, H, D, dtype)
-        packing = 4 // jnp.dtype(dtype).itemsize
+    def of(cls, S: int, H: int, D: int, dtype: DTypeLike, *, heads_first: bool = False) -> Self:
+        """The layout of [B, S, H, D], or of [B, H, S, D] if heads_first."""
+        form = physical_form(S, H, D, dtype, heads_first=heads_first)
         if form is not Form.TOKENS or H % SUBLANES == 0:
-            return cls(form, H, D, packing=packing)
+            return cls(form, H, D, dtype)
         pieces = D // LANES
         # A token's columns must divide the 128 lanes, for the head masks and the rotations.
         if D % LANES != 0 or LANES % (H * pieces) != 0:
-            return cls(Form.HEADS, H, D, packing=packing)
-        return cls(form, H, D, pieces, packing)
+            return cls(Form.HEADS, H, D, dtype)
+        return cls(form, H, D, dtype, pieces)
+
+    @property
+    def packing(self) -> int:
+        """Elements in the 32 bits of a lane of a sublane; in the form TOKENS, heads of a token."""
+        return 4 // jnp.dtype(self.dtype).itemsize
+
+    @property
+    def reason(self) -> str | None:
+        """Why it cannot be read in place, or None: a clause."""
+        if self.packing < 4 or self.form is not Form.TOKENS:
+            return None
+        if self.strided and jnp.dtype(self.dtype) != jnp.int8:
+            return f"its kernels read all heads of {self.dtype} together, and here they cannot"
+        if self.pieces > 1 and (self.heads % SUBLANES or self.heads % (4 * SUBLANES) == 0):
+            # Their tiles of bytes have 4 or 32 heads, which are no rows of 128 lanes.
+            return (
+                f"XLA would copy the cache, of {self.heads} heads of {self.head_dim} in "
+                f"{self.dtype} for each position"
+            )
+        return None
 
     @functools.cached_property
     def interleaved(self) -> bool:
@@ -170,6 +194,14 @@ class CacheForm:
             return (1, self.heads, self.head_dim, T)
         return (1, T * self.rows_per_token, self.lanes)
 
+    def tokens_at(self, i: jax.Array, T: int) -> tuple[Any, ...]:
+        """The index of the i-th T tokens of a block, without its first dimension of 1."""
+        if self.form is Form.TOKENS:
+            rows = T * self.rows_per_token
+            return (pl.ds(pl.multiple_of(i * rows, rows), rows),)
+        at = tokens_in_lanes(i, T)
+        return (slice(None), *at) if self.form is Form.SEQUENCE else at
+
     def block_index(self, row: jax.Array, block: jax.Array) -> tuple[jax.Array | int, ...]:
         """The index of the block-th block of a row of the view."""
         if self.form is Form.HEADS:
@@ -178,12 +210,17 @@ class CacheForm:
             return (row, 0, 0, block)
         return (row, block, 0)
 
-    def block_bytes(self, T: int, dtype: DTypeLike) -> int:
-        """Bytes of a block of T tokens in VMEM, and of its DMA."""
-        size = jnp.dtype(dtype).itemsize
+    def block_bytes(self, T: int, dtype: DTypeLike | None = None) -> int:
+        """Bytes of a block of T tokens in VMEM, and of its DMA; in another dtype if given."""
+        size = jnp.dtype(self.dtype if dtype is None else dtype).itemsize
         if self.form is Form.SEQUENCE:
             return self.heads * round_up(self.head_dim, SUBLANES) * T * size
         return self.heads * T * round_up(self.head_dim, LANES) * size
+
+
+def tokens_in_lanes(i: jax.Array, T: int) -> tuple[Any, ...]:
+    """The index of the i-th T tokens of an array [heads, tokens] or [heads, tokens, D]."""
+    return (slice(None), pl.ds(pl.multiple_of(i * T, T), T))
 
 
 def alike(x: CacheForm, y: CacheForm) -> bool:

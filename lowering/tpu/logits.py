@@ -16,7 +16,14 @@ import jax.numpy as jnp
 
 from jax_ragged.lowering.tpu.choice import LOG2_E, KernelPlan
 from jax_ragged.lowering.tpu.layout import LANES
-from jax_ragged.lowering.tpu.tiles import Slices, WindowMask, mask_logits, products, token_by_lane
+from jax_ragged.lowering.tpu.tiles import (
+    CacheBlock,
+    Slices,
+    WindowMask,
+    mask_logits,
+    products,
+    token_by_lane,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Logits:
     def of(
         cls,
         q: jax.Array,
-        key_ref: Any,
+        key: CacheBlock,
         plan: KernelPlan,
         j: Any,
         mask: WindowMask | None,
@@ -47,7 +54,7 @@ class Logits:
     ) -> "Logits":
         """The logits of query rows [R, D] with chunk j of a block of keys."""
         p = plan.params
-        z = products(q, key_ref, plan.key, plan, j, mask, heads)
+        z = products(q, key, plan, j, mask, heads)
         tanh = None
         if p.logits_soft_cap is not None:
             tanh = [jnp.tanh(x * (p.softmax_scale / p.logits_soft_cap)) for x in z]

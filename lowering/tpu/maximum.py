@@ -20,7 +20,7 @@ from jax_ragged.lowering.tpu.grid import Step
 from jax_ragged.lowering.tpu.launch import NOWHERE, Launch, from_rows
 from jax_ragged.lowering.tpu.layout import LANES
 from jax_ragged.lowering.tpu.logits import Logits
-from jax_ragged.lowering.tpu.tiles import Slices, WindowMask
+from jax_ragged.lowering.tpu.tiles import CacheBlock, Slices, WindowMask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MaximumRefs:
     """The refs of the kernel."""
 
     query: Any  # [1, R, D]
-    key: Any  # a block of the view of the keys
+    key: CacheBlock  # a block of keys
     m: Any  # float32 [1, 1, P, 128] if logits are compact, else [1, 1, 1, R]
     at: Any  # int32, likewise
     m_lanes: Any  # float32 [P, 128], the running maximum of each lane
@@ -110,7 +110,7 @@ def first_maximum(residuals: Residuals, choice: Choice) -> jax.Array:
     launch = Launch(choice, residuals, MaximumRefs)
     sizes = launch.sizes
     launch.rows("query", sizes.to_rows(residuals.query))
-    launch.cache("key", residuals.key, sizes.key)
+    launch.cache("key", residuals.key, sizes.key, residuals.key_scale)
     launch.lanes_by_core("m")
     launch.lanes_by_core("at", jnp.int32)
     found = launch.run(_kernel, "ragged_attention_maximum")

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jax_ragged.lowering.cache import positions
 from jax_ragged.lowering.contract import ByOperand, ByResult, Residuals
 from jax_ragged.lowering.params import RaggedAttentionParams
 from jax_ragged.lowering.tpu.chips import Chip
@@ -38,6 +39,7 @@ from jax_ragged.lowering.tpu.launch import Launch, Saved, from_rows, lanes_by_ro
 from jax_ragged.lowering.tpu.logits import Logits, where_any
 from jax_ragged.lowering.tpu.maximum import RunningMaximum, as_row
 from jax_ragged.lowering.tpu.tiles import (
+    CacheBlock,
     Slices,
     WindowMask,
     join_pieces,
@@ -54,7 +56,7 @@ class TangentRefs:
 
     m_in: Any  # float32 [1, P, 128], the maxima over KernelPlan.unit
     query: Any  # [1, R, D]
-    key: Any  # a block of the view of the keys
+    key: CacheBlock  # a block of keys
     out: Any  # float32 [1, 1, R, Dv], sum p z_dot v + p v_dot
     z_sum: Any  # float32, sum p z_dot
     m: Any  # float32, the maximum
@@ -65,10 +67,10 @@ class TangentRefs:
     m_lanes: Any  # float32 [P, 128]
     at_lanes: Any  # int32 [P, 128]
     m_dot_lanes: Any  # float32 [P, 128]
-    value: Any = None  # a block of the view of the values
+    value: CacheBlock | None = None  # a block of values
     query_dot: Any = None  # [1, R, D]
-    key_dot: Any = None  # as key
-    value_dot: Any = None  # as value
+    key_dot: CacheBlock | None = None  # as key
+    value_dot: CacheBlock | None = None  # as value
     bounds: Any = None  # int32 [2, P, 128], the windows where queries have their own
 
 
@@ -84,14 +86,13 @@ def _kernel(step: Step, refs: TangentRefs, plan: KernelPlan) -> None:
     def s_dot(j: Any, mask: WindowMask | None) -> Slices:
         terms = []
         if refs.query_dot is not None:
-            terms.append(products(refs.query_dot[0], refs.key, plan.key, plan, j, mask))
+            terms.append(products(refs.query_dot[0], refs.key, plan, j, mask))
         if refs.key_dot is not None:
-            terms.append(products(refs.query[0], refs.key_dot, plan.key, plan, j, mask))
+            terms.append(products(refs.query[0], refs.key_dot, plan, j, mask))
         return [functools.reduce(jnp.add, x) for x in zip(*terms, strict=True)]
 
-    def sum_of(weights: Slices, ref: Any, j: Any, mask: WindowMask | None) -> jax.Array:
-        joined = weights_of(weights, plan.value, plan, refs.key.dtype)
-        return weighted(joined, ref, plan.value, plan, j, mask)
+    def sum_of(x: Slices, cache: CacheBlock, j: Any, mask: WindowMask | None) -> jax.Array:
+        return weighted(weights_of(x, cache, plan, j, mask), cache, plan, j, mask)
 
     def compute(chunks: list[Any], mask: WindowMask | None) -> None:
         # Each kind of product for all chunks before the next: latencies hide behind each other.
@@ -137,14 +138,14 @@ def jvp_work(sizes: Sizes, wrt: tuple[bool, bool, bool]) -> Work:
 
 
 def jvp_choice(
-    residuals: Any, wrt: tuple[bool, bool, bool], params: RaggedAttentionParams, chip: Chip
+    residuals: Residuals, wrt: tuple[bool, bool, bool], params: RaggedAttentionParams, chip: Chip
 ) -> Choice:
     """How the kernel runs a call, of which only shapes and dtypes matter.
 
     Raises:
       Unsupported: if it cannot.
     """
-    sizes = readings(*residuals[:3])
+    sizes = readings(residuals, params)
     return choose(sizes, lambda x: jvp_work(x, wrt), chip, params)
 
 
@@ -158,21 +159,23 @@ def jvp(
     query, key, value = residuals[:3]
     wrt = (tangents.query is not None, tangents.key is not None, tangents.value is not None)
     choice = with_advice(
-        params, key.shape[1], lambda asked: jvp_choice(residuals, wrt, asked, chip)
+        params,
+        positions(residuals, params),
+        lambda asked: jvp_choice(residuals, wrt, asked, chip),
     )
     launch = Launch(choice, residuals, TangentRefs)
     sizes, plan, saved = launch.sizes, launch.plan, Saved(residuals)
     launch.lanes("m_in", saved.max_logits(launch))
     launch.rows("query", sizes.to_rows(query))
-    launch.cache("key", key, sizes.key)
+    launch.cache("key", key, sizes.key, residuals.key_scale)
     if wrt[0] or wrt[1]:
-        launch.cache("value", value, sizes.value)
+        launch.cache("value", value, sizes.value, residuals.value_scale)
     if tangents.query is not None:
         launch.rows("query_dot", sizes.to_rows(tangents.query))
     if tangents.key is not None:
-        launch.cache("key_dot", tangents.key, sizes.key)
+        launch.cache("key_dot", tangents.key, sizes.key, residuals.key_scale)
     if tangents.value is not None:
-        launch.cache("value_dot", tangents.value, sizes.value)
+        launch.cache("value_dot", tangents.value, sizes.value, residuals.value_scale)
     launch.by_core("out", sizes.rows, sizes.Dv)
     launch.scratch("sum", *sum_shape(sizes.value, plan))
     for name in ("z_sum", "m", "at", "m_dot"):

@@ -26,13 +26,32 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from jax_ragged.lowering._compat import interpret_mode
 from jax_ragged.lowering.tpu.choice import KernelPlan
-from jax_ragged.lowering.tpu.layout import LANES, CacheForm, Form, alike
+from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheForm, Form, alike
 
 # An array that is wider than the lanes of a register, in slices of 128 columns.
 Slices = list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheBlock:
+    """A block of a cache.
+
+    Attributes:
+      ref: `CacheForm.block_shape`.
+      layout: of the cache.
+      dtype: of queries, in which products are taken.
+      scale: float32 [1, heads, T], the factors of its entries, or None for 1. It has 1 head for
+        heads that share them, and 128 equal lanes for positions that do.
+    """
+
+    ref: Any
+    layout: CacheForm
+    dtype: DTypeLike
+    scale: Any = None
 
 
 def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -220,23 +239,22 @@ def heads_of(layout: CacheForm, plan: KernelPlan) -> Iterator[slice]:
 
 def _all_products(
     rows: jax.Array,
-    ref: Any,
-    layout: CacheForm,
+    cache: CacheBlock,
     plan: KernelPlan,
     j: Any,
     mask: WindowMask | None,
     heads: range,
 ) -> Slices:
     """Query rows [R, n] times chunk j of a cache: [rows of heads, 128] for each 128 columns."""
+    layout = cache.layout
     if not layout.interleaved:
         axes = (1, 0 if layout.form is Form.SEQUENCE else 1)
         of_heads = list(heads_of(layout, plan))
         by_head = [
-            lane_slices(dot(rows[of_heads[h]], load(ref, layout, plan, j, mask, h), axes))
-            for h in heads
+            lane_slices(dot(rows[of_heads[h]], load(cache, plan, j, mask, h), axes)) for h in heads
         ]
         return [jnp.concatenate(x, axis=0) for x in zip(*by_head, strict=True)]
-    R, block = plan.rows, load(ref, layout, plan, j, mask)
+    R, block = plan.rows, load(cache, plan, j, mask)
     return [
         functools.reduce(
             jnp.add,
@@ -248,8 +266,7 @@ def _all_products(
 
 def products(
     rows: jax.Array,
-    ref: Any,
-    layout: CacheForm,
+    cache: CacheBlock,
     plan: KernelPlan,
     j: Any,
     mask: WindowMask | None,
@@ -259,8 +276,7 @@ def products(
 
     Args:
       rows: [R, n].
-      ref: a block of the cache.
-      layout: of the cache, n wide.
+      cache: a block, n wide.
       plan: of the kernel.
       j: the chunk.
       mask: the windows, at their edges.
@@ -269,16 +285,77 @@ def products(
     Returns:
       [P, 128] for each 128 columns, or [rows of heads, 128].
     """
+    layout = cache.layout
     own = dataclasses.replace(plan, key=layout)
     same = alike(layout, plan.key)
     # Bringing columns to others sums with zeros, so NaN must go before; else masks follow.
     heads = range(layout.heads) if heads is None else heads
-    x = _all_products(rows, ref, layout, plan, j, None if same else mask, heads)
+    x = _all_products(rows, cache, plan, j, None if same else mask, heads)
     x = [compact_heads(own, y) for y in x] if own.compact else x
-    if same:
+    if not same:
+        x = lane_slices(_in_columns(x, own, plan.key, cache.dtype).astype(jnp.float32))
+        x = [compact_heads(plan, y) for y in x] if plan.compact else x
+    return scaled(x, cache, plan, j, mask, heads)
+
+
+def scaled(
+    x: Slices,
+    cache: CacheBlock,
+    plan: KernelPlan,
+    j: Any,
+    mask: WindowMask | None,
+    heads: range | None = None,
+) -> Slices:
+    """Logits or weights of chunk j times the scale of a cache, 0 times outside of the windows."""
+    if cache.scale is None:
         return x
-    x = lane_slices(_in_columns(x, own, plan.key, ref.dtype).astype(jnp.float32))
-    return [compact_heads(plan, y) for y in x] if plan.compact else x
+    by_token = cache.scale.shape[2] == plan.blocks.T
+    chunk = rows_of_chunk(plan.blocks.chunk, j) if by_token else slice(None)
+    scale = cache.scale[0, :, chunk]
+    if by_token and mask is not None:
+        by_lane = CacheForm(Form.SEQUENCE, 1, scale.shape[0], scale.dtype)
+        scale = mask.zero_outside(scale, by_lane, jnp.asarray(j, jnp.int32))
+    tokens = lane_slices(scale)
+    if plan.key.columns == 1:
+        tokens = [_scale_by_row(y, plan, heads) for y in tokens]
+        return [y * tokens[i % len(tokens)] for i, y in enumerate(x)]
+    return [
+        y * _scale_by_column(tokens, plan, index, by_token=by_token) for index, y in enumerate(x)
+    ]
+
+
+def _scale_by_row(scale: jax.Array, plan: KernelPlan, heads: range | None) -> jax.Array:
+    """Scales [heads, 128] of 128 tokens for the rows of logits of some heads, or [1, 128]."""
+    if scale.shape[0] == 1:
+        return scale
+    shape = (plan.head_rows, LANES)
+    heads = range(plan.key.heads) if heads is None else heads
+    return jnp.concatenate([jnp.broadcast_to(scale[h : h + 1], shape) for h in heads], axis=0)
+
+
+def _scale_by_column(tokens: Slices, plan: KernelPlan, index: int, *, by_token: bool) -> jax.Array:
+    """The scale of the token and the head of the index-th 128 columns, [1, 128].
+
+    Args:
+      tokens: scales [heads, 128] of 128 tokens each, or one for all tokens.
+      plan: of the kernel.
+      index: of the 128 columns.
+      by_token: whether tokens have their own.
+    """
+    columns, start = plan.key.columns, index * LANES
+    first = start // columns // LANES
+    scale = tokens[first] if by_token else tokens[0]
+    heads = scale.shape[0]
+    # Lanes are gathered in whole registers.
+    scale = jnp.concatenate([scale] * -(-SUBLANES // heads), axis=0)
+    shape = scale.shape
+    if by_token:
+        token = token_by_lane(shape[0], start, columns) - first * LANES
+        scale = jnp.take_along_axis(scale, token, axis=1)
+    if heads == 1:
+        return scale[:1]
+    own = column_by_lane(shape[0], start, columns) == lax.broadcasted_iota(jnp.int32, shape, 0)
+    return jnp.where(own, scale, 0.0).sum(axis=0, keepdims=True)
 
 
 def _selection(layout: CacheForm, chunk: int, dtype: Any, *, tokens_first: bool) -> jax.Array:
@@ -320,13 +397,21 @@ def _own(x: jax.Array, plan: KernelPlan, layout: CacheForm, index: int) -> jax.A
     return jnp.where(own_head(plan, layout, index), x, 0.0)
 
 
-def weights_of(x: Slices, layout: CacheForm, plan: KernelPlan, dtype: Any) -> jax.Array:
-    """Weights of the columns of the logits, as weights of the rows of a chunk of a cache.
+def weights_of(
+    x: Slices,
+    cache: CacheBlock,
+    plan: KernelPlan,
+    j: Any,
+    mask: WindowMask | None,
+    heads: range | None = None,
+) -> jax.Array:
+    """Weights of the columns of the logits, as weights of the entries of chunk j of a cache.
 
     Returns:
       [rows, columns], or [pieces R, columns] where heads are interleaved.
     """
-    joined = _in_columns(x, plan, layout, dtype)
+    layout, x = cache.layout, scaled(x, cache, plan, j, mask, heads)
+    joined = _in_columns(x, plan, layout, cache.dtype)
     if layout.interleaved and layout.pieces > 1:
         slices = lane_slices(joined)
         pieces = [
@@ -334,13 +419,12 @@ def weights_of(x: Slices, layout: CacheForm, plan: KernelPlan, dtype: Any) -> ja
             for i in range(layout.pieces)
         ]
         joined = jnp.concatenate(pieces, axis=0)
-    return joined.astype(dtype)
+    return joined.astype(cache.dtype)
 
 
 def weighted(
     weights: jax.Array,
-    ref: Any,
-    layout: CacheForm,
+    cache: CacheBlock,
     plan: KernelPlan,
     j: Any,
     mask: WindowMask | None,
@@ -351,12 +435,13 @@ def weighted(
     Returns:
       [rows, n], or [pieces R, 128] where heads are interleaved (`sum_shape`).
     """
+    layout = cache.layout
     if layout.interleaved:
-        return dot(weights, load(ref, layout, plan, j, mask))
+        return dot(weights, load(cache, plan, j, mask))
     axes = (1, 1 if layout.form is Form.SEQUENCE else 0)
     heads = range(layout.heads) if heads is None else heads
     sums = [
-        dot(weights[rows], load(ref, layout, plan, j, mask, h), axes)
+        dot(weights[rows], load(cache, plan, j, mask, h), axes)
         for rows, h in zip(heads_of(layout, plan), heads, strict=False)
     ]
     return jnp.concatenate(sums, axis=0)
@@ -386,20 +471,22 @@ def token_rows(ref: Any, layout: CacheForm, plan: KernelPlan, j: jax.Array | int
 
 
 def load(
-    ref: Any, layout: CacheForm, plan: KernelPlan, j: Any, mask: WindowMask | None, head: int = 0
+    cache: CacheBlock, plan: KernelPlan, j: Any, mask: WindowMask | None, head: int = 0
 ) -> jax.Array:
     """Chunk j of a cache, or of one head of it, with zeros outside of the windows."""
+    layout = cache.layout
     if layout.interleaved:
-        x = token_rows(ref, layout, plan, j)
+        x = token_rows(cache.ref, layout, plan, j)
     else:
-        x = head_block(ref, layout, plan, j, head)
+        x = head_block(cache.ref, layout, plan, j, head)
+    x = x.astype(cache.dtype)
     return x if mask is None else mask.zero_outside(x, layout, jnp.asarray(j, jnp.int32))
 
 
 def head_block(
     ref: Any, layout: CacheForm, plan: KernelPlan, j: jax.Array | int, head: int
 ) -> jax.Array:
-    """Chunk j of one head: [chunk, D], or [D, chunk] in the form SEQUENCE."""
+    """Chunk j of one head: [chunk, D], or [D, chunk] in the form SEQUENCE; float32 of words."""
     if layout.strided:
         return _strided_block(ref, layout, plan, j, head)
     tokens = rows_of_chunk(plan.blocks.chunk, j)
@@ -415,7 +502,8 @@ def _strided_block(
     """Chunk j of one head in the form TOKENS: [chunk, D].
 
     Sublanes are words of 32 bits, so two heads of bfloat16 come in one; with zeros in the other
-    half, each is a float32 that rounding does not change.
+    half, each is a float32 that rounding does not change. Of four heads of int8 one is moved up to
+    the sign, and back.
     """
     pieces = []
     for piece in range(layout.pieces):
@@ -424,8 +512,10 @@ def _strided_block(
         if layout.packing == 2:
             x = x & jnp.int32(-(2**16)) if half else x << 16
             x = lax.bitcast_convert_type(x, jnp.float32)
+        elif layout.packing == 4:
+            x = ((x << (24 - 8 * half)) >> 24).astype(jnp.float32)
         pieces.append(x)
-    return jnp.concatenate(pieces, axis=1).astype(ref.dtype)
+    return jnp.concatenate(pieces, axis=1)
 
 
 def _strided_words(
