@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import sharded
-from cases import Case, assert_results, ids, tiered
+from cases import Case, assert_results, ids
 from jax_ragged import ragged_attention
 from programs import collectives, compiled_text, op, pullback, pushforward
 from sharded import CASES, GQA, MQA
@@ -57,7 +57,8 @@ def test_forward_mode(mesh: Any, case: Case) -> None:
     sharded.assert_tangents(actual, case, tangents)
 
 
-@pytest.mark.parametrize("case", tiered(CASES, [GQA]), ids=ids(CASES))
+@pytest.mark.full  # tests/test_shard_map.py has the kernels on a mesh in the default tier
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_tpu_kernels(mesh: Any, case: Case) -> None:
     """All three kernels of the TPU, interpreted, on each shard."""
     tangents = tuple(np.cos(x) for x in case.operands()[:3])

@@ -14,6 +14,7 @@ import pytest
 
 import jax_ragged
 from benchmarks import sweeps
+from cases import tiered
 from jax_ragged import primitives
 from jax_ragged.lowering import dispatch
 
@@ -88,10 +89,11 @@ def _id(page: pathlib.Path) -> str:
 
 # BUILD.md's code is for the TPU compiler and wants a process of its own: test_tpu_* compile so.
 RUN = [page for page in PAGES if page.name != "BUILD.md" and _blocks(_text(page))]
+FIRST = [page for page in RUN if page.stem in ("README", "first_step", "caches")]
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("page", RUN, ids=_id)
+@pytest.mark.parametrize("page", tiered(RUN, FIRST), ids=_id)
 def test_code_runs_and_prints_what_the_page_says(
     page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

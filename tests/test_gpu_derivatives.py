@@ -333,9 +333,15 @@ class TestInterpreted:
                 marks=pytest.mark.full,
             ),
             # Rows of the cache that begin in the middle of a block and of the copy engine's tiles.
-            Case("joined", (52, 3, 0, 51), (1, 0, 0, 40), S=52, **_SIZES),
+            pytest.param(
+                Case("joined", (52, 3, 0, 51), (1, 0, 0, 40), S=52, **_SIZES),
+                marks=pytest.mark.full,
+            ),
             # Tiles of one head each.
-            Case("tiles", **_causal(72, 40, rows=1), Hq=2, Hkv=1, **_SIZES, softmax_scale=-0.5),
+            pytest.param(
+                Case("tiles", **_causal(72, 40, rows=1), Hq=2, Hkv=1, **_SIZES, softmax_scale=-0.5),
+                marks=pytest.mark.full,
+            ),
         ],
         ids=lambda case: case.name,
     )
