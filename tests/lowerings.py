@@ -288,6 +288,11 @@ _TPU_FORMS = {*_WIDE_PAIRS, *_WIDE_SINGLES, *_SINGLES}
 # How many of the forms of the default tier have their derivatives in it.
 _DERIVED = 2
 
+
+def _named(*names: str) -> tuple[FormCase, ...]:
+    return tuple(case for case in (*FORMS, *WIDE_FORMS) if case.name in names)
+
+
 RUNNERS: tuple[Runner, ...] = (
     Definition(
         "definition",
@@ -298,7 +303,7 @@ RUNNERS: tuple[Runner, ...] = (
         "reference",
         default=_FEW,
         implementation="reference",
-        forms=[x for x in (*FORMS, *WIDE_FORMS) if x.name in (*_PAIRS, *_WIDE_PAIRS, *_SWAPPED)],
+        forms=_named(*_PAIRS, *_WIDE_PAIRS, *_SWAPPED),
         form_derivatives=(*_SINGLES, *_WIDE_SINGLES, *_SWAPPED),
         default_forms=(_SWAPPED[0], *_SINGLES[:2]),
     ),
@@ -316,7 +321,7 @@ RUNNERS: tuple[Runner, ...] = (
         _TPU_DERIVATIVES,
         default=_TPU_DEFAULT,
         kernel="tpu_kernel",
-        forms=[case for case in _WIDE if case.name in _TPU_FORMS],
+        forms=_named(*_TPU_FORMS),
         form_derivatives=_WIDE_SINGLES,
         default_forms=_WIDE_SINGLES[:2],
     ),
