@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.interpreters import mlir
 
@@ -24,7 +25,7 @@ from jax_ragged.lowering.contract import (
     Residuals,
     Unsupported,
 )
-from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.params import RaggedAttentionParams, statistics_dtype
 from jax_ragged.lowering.reference import REFERENCE
 
 # By platform: a lowering, or the module whose LOWERING it is. A module is imported when a program
@@ -114,6 +115,7 @@ class Target:
         # The scope shows in HLO metadata and profiles which lowering was chosen.
         with jax.named_scope(f"ragged_attention_{operation}_{name}"):
             results = getattr(lowering, operation)(*arguments, params, self.device_kind)
+        _check_results(lowering, operation, results, params, *arguments)
         logging.vlog(1, "ragged_attention %s: %s", operation, name)
         return results
 
@@ -145,6 +147,47 @@ class Target:
                 "jax.set_mesh(mesh), inside jax.shard_map, or on a mesh of explicit axes.",
             )
         return lowering
+
+
+def _check_results(
+    lowering: Lowering, operation: str, results: Any, params: RaggedAttentionParams, *arguments: Any
+) -> None:
+    """Raises TypeError for results that are not as `Lowering` says: a fault of the lowering."""
+    arrays = arguments[0]
+    if operation == "vjp":
+        wrt = arguments[2]
+        expected: Any = ByOperand(
+            *(
+                None if dtype is None else (getattr(arrays, name).shape, jnp.dtype(dtype))
+                for name, dtype in wrt._asdict().items()
+            )
+        )
+    else:
+        statistics = arrays.query.shape[:3], statistics_dtype(arrays.query.dtype)
+        out = (
+            (*arrays.query.shape[:3], arrays.value.shape[3]),
+            params.result_dtype(arrays.query.dtype),
+        )
+        expected = ByResult(out, statistics, statistics)
+
+    def described(type_: Any) -> str:
+        return "None" if type_ is None else f"{type_[1]}{list(type_[0])}"
+
+    name = f"{type(lowering).__name__}.{operation}"
+    if not isinstance(results, type(expected)):
+        raise TypeError(
+            f"ragged_attention: {name} must return a {type(expected).__name__}; "
+            f"got {type(results).__name__}."
+        )
+    for field, want in expected._asdict().items():
+        x = getattr(results, field)
+        got = (x.shape, x.dtype) if isinstance(x, jax.Array) else None
+        if got != want or (x is None) != (want is None):
+            raise TypeError(
+                f"ragged_attention: {name} must return {field} as {described(want)}; got "
+                f"{described(got) if got or x is None else type(x).__name__}. "
+                "jax_ragged.Lowering says what each method returns."
+            )
 
 
 def refuse(

@@ -1,6 +1,7 @@
 """Which lowering runs, and how the dispatcher answers a refusal: one policy for all platforms."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -187,3 +188,70 @@ class TestHigherOrders:
         reference, mixed = (self._hessian_product(x)(query_dot) for x in ("reference", None))
         # Two lowerings in float32, of a product of three derivatives of order 1.
         np.testing.assert_allclose(reference, mixed, rtol=0, atol=FLOAT32_SUMMED)
+
+
+class _Changed(Lowering):
+    """The reference, whose results are changed by a function of the operation and them."""
+
+    dense_only = False
+
+    def __init__(self, change: Callable[[str, Any], Any]) -> None:
+        for operation in ("forward", "jvp", "vjp"):
+            setattr(self, operation, functools.partial(self._run, operation))
+        self.change = change
+
+    def _run(self, operation: str, *arguments: Any) -> Any:
+        return self.change(operation, getattr(REFERENCE, operation)(*arguments))
+
+
+@pytest.mark.usefixtures("restored")
+class TestResultsOfALowering:
+    """They have the shapes and dtypes of the contract; nothing is cast or broadcast silently."""
+
+    @pytest.mark.parametrize(
+        ("operation", "change", "message"),
+        [
+            (
+                "forward",
+                lambda x: x._replace(out=x.out.astype("bfloat16")),
+                r"_Changed.forward must return out as float32\[3, 1, 2, 3\]; "
+                r"got bfloat16\[3, 1, 2, 3\]\. jax_ragged.Lowering says",
+            ),
+            (
+                "forward",
+                lambda x: x._replace(denominator=x.denominator[:1]),
+                r"must return denominator as float32\[3, 1, 2\]; got float32\[1, 1, 2\]",
+            ),
+            ("forward", tuple, "_Changed.forward must return a ByResult; got tuple"),
+            (
+                "forward",
+                lambda x: x._replace(max_logits=None),
+                r"must return max_logits as float32\[3, 1, 2\]; got None",
+            ),
+            (
+                "vjp",
+                lambda x: x._replace(query=x.query[..., :1]),
+                r"vjp must return query as float32\[3, 1, 2, 4\]; got float32\[3, 1, 2, 1\]",
+            ),
+            (
+                "vjp",
+                lambda x: x._replace(key=x.query),
+                r"must return key as None; got float32\[3, 1, 2, 4\]",
+            ),
+        ],
+    )
+    def test_errors(self, operation: str, change: Any, message: str) -> None:
+        register_lowering("cpu", _Changed(lambda name, x: change(x) if name == operation else x))
+        run = _attend if operation == "forward" else jax.grad(_query_loss)
+        arguments = () if operation == "forward" else (SMALL.operands().query,)
+        with pytest.raises(TypeError, match=f"ragged_attention: .*{message}"):
+            run(*arguments)
+
+    def test_unchanged(self) -> None:
+        register_lowering("cpu", _Changed(lambda _, x: x))
+        assert_results(_attend(), SMALL)
+        assert np.isfinite(jax.grad(_query_loss)(SMALL.operands().query)).all()
+
+
+def _query_loss(query: Any) -> Any:
+    return ragged_attention(query, *SMALL.operands()[1:], **SMALL.params).out.sum()
