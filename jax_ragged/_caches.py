@@ -296,7 +296,11 @@ def quantize_cache(x: ArrayLike, dtype: DTypeLike) -> tuple[jax.Array, jax.Array
     wide = jnp.asarray(x, jax.dtypes.canonicalize_dtype(statistics_dtype(x.dtype)))
     integer = jnp.issubdtype(dtype, jnp.integer)
     most = jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max
-    scale = jnp.abs(wide).max(axis=-1) / jnp.asarray(most, wide.dtype)
+    largest = jnp.abs(wide).max(axis=-1)
+    # Numbers below the least normal one are 0 on most hardware, and a scale of 0 would lose a head.
+    least = jnp.finfo(wide.dtype).tiny
+    scale = jnp.maximum(largest / jnp.asarray(most, wide.dtype), least)
+    scale = jnp.where(largest > 0, scale, largest)
     safe = jnp.where(scale > 0, scale, 1)
     scaled = wide / safe[..., None]
     return (jnp.round(scaled) if integer else scaled).astype(dtype), scale

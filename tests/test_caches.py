@@ -123,6 +123,20 @@ class TestQuantize:
         bound = step * np.abs(x).max(axis=-1, keepdims=True)
         assert (np.abs(back - x) <= bound * (1 + 1e-6)).all()
 
+    @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+    @pytest.mark.parametrize("size", [1e-30, 1e-33, 3e-36, 1e-37])
+    def test_tiny_heads(self, dtype: str, size: float) -> None:
+        """A head is not lost where its scale would be less than float32 holds with full precision.
+
+        The scale is the least normal number there, and a unit of int8 is as much.
+        """
+        x = np.array([[0.25, -1.0, 0.5, 0.75]], np.float32) * np.float32(size)
+        values, scale = quantize_cache(jnp.asarray(x), dtype)
+        back = np.asarray(values, np.float64) * np.asarray(scale, np.float64)[..., None]
+        step = {"int8": 0.5 / 127, "float8_e4m3fn": 2.0**-4, "float8_e5m2": 2.0**-3}[dtype]
+        least = 0.5 * float(np.finfo(np.float32).tiny)
+        assert np.abs(back - x).max() <= max(step * size, least) * (1 + 1e-5)
+
     def test_zeros(self) -> None:
         values, scale = quantize_cache(jnp.zeros((2, 4)), "int8")
         assert not values.any()
