@@ -29,9 +29,13 @@ LAYOUTS = ("BSHD", "BHSD")
 # entries in windows that are no pages.
 TABLES = ("own", "shared", "clamped")
 _NO_PAGES = (-1, -(2**31), 2**31 - 1)
-# What a float of 8 bits may round a gradient by: half a unit in the last place, relative to it, and
-# half of the least number besides.
-_ROUNDING = {"float8_e4m3fn": (2.0**-4, 2.0**-10), "float8_e5m2": (2.0**-3, 2.0**-17)}
+# What a dtype may round a gradient by: half a unit in the last place, relative to it, and half of
+# the least number besides. Scales have float32 beside a query in float64, too.
+_ROUNDING = {
+    "float8_e4m3fn": (2.0**-4, 2.0**-10),
+    "float8_e5m2": (2.0**-3, 2.0**-17),
+    "float32": (2.0**-24, 0.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
