@@ -1,6 +1,6 @@
 """The TPU kernels by the schedules of the real compiler, without a TPU.
 
-    python -m benchmarks.tpu_schedule [--generations=v5e,7x] [--save]
+    python -m benchmarks.tpu_schedule [--generations=v5e,7x] [--forms] [--save]
 
 libtpu compiles each case for each generation and writes its VLIW code. One bundle issues in a
 cycle, so the bundles of a grid step that lies in a window are the cycles of its compute; what the
@@ -16,6 +16,10 @@ masked code, whose bundles are not in the figure.
 The derivatives are those of the output: tangents for tangents of query, keys and values, whose
 steps read the tangents of the cache too; cotangents of the query alone; and those of all three,
 whose steps write what they read.
+
+With --forms, the forward of caches in other forms than [B, S, Hkv, D]. The last column is the time
+of a step, the larger of bundles and DMA cycles, over the DMA cycles of its positions in bfloat16.
+The bytes of scales are in none of the figures.
 """
 
 import dataclasses
@@ -39,7 +43,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from benchmarks.tpu_cases import SCHEDULED, TOPOLOGIES, Scheduled
+from benchmarks.tpu_cases import FORMS, SCHEDULED, TOPOLOGIES, Scheduled
 from jax_ragged import ragged_attention
 from jax_ragged.lowering.contract import Operands
 from jax_ragged.lowering.tpu.chips import MIB, chip_of
@@ -56,7 +60,10 @@ GOAL = 0.8
 
 _GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGIES), "which to compile for")
 _PEERS = flags.DEFINE_bool("peers", True, "whether to compile jax's own kernels too")
-_SAVE = flags.DEFINE_bool("save", False, "write tpu_schedule.md and .png into docs/measurements")
+_FORMS = flags.DEFINE_bool("forms", False, "compile the forms of caches, and nothing else")
+_SAVE = flags.DEFINE_bool(
+    "save", False, "write tpu_schedule.md and .png into docs/measurements, or tpu_forms.md"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,17 +403,42 @@ def _plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _save(rows: list[Row]) -> None:
-    docs = Path(__file__).resolve().parent.parent / "docs" / "measurements"
-    title = (
-        "# Schedules of the TPU kernels\n\n"
-        "Written by `python -m benchmarks.tpu_schedule --save` with jax "
+_MEASUREMENTS = Path(__file__).resolve().parent.parent / "docs" / "measurements"
+
+
+def _title(title: str, arguments: str) -> str:
+    return (
+        f"# {title}\n\n"
+        f"Written by `python -m benchmarks.tpu_schedule {arguments}` with jax "
         f"{jax.__version__} and libtpu {importlib.metadata.version('libtpu')}; "
         "[On TPUs](tpu.md) explains the columns.\n\n"
     )
-    text = title + "\n".join(_lines(rows)) + "\n\n![ratios](tpu_schedule.png)\n"
-    (docs / "tpu_schedule.md").write_text(text)
-    _plot(rows, docs / "tpu_schedule.png")
+
+
+def _save(rows: list[Row]) -> None:
+    text = _title("Schedules of the TPU kernels", "--save")
+    text += "\n".join(_lines(rows)) + "\n\n![ratios](tpu_schedule.png)\n"
+    (_MEASUREMENTS / "tpu_schedule.md").write_text(text)
+    _plot(rows, _MEASUREMENTS / "tpu_schedule.png")
+
+
+def _forms() -> None:
+    """Prints the forms of caches, each on all generations, and saves them if that is asked for."""
+    lines = [
+        "| " + " | ".join((*HEADER, "of bfloat16's DMA")) + " |",
+        "|" + "---|" * (len(HEADER) + 1),
+    ]
+    for case in (SCHEDULED[0], *FORMS):
+        for generation in _GENERATIONS.value:
+            row = ours(generation, case)
+            assert row.dma is not None
+            wide = row.dma * jnp.dtype(DTYPE).itemsize / jnp.dtype(case.dtype).itemsize
+            cells = (*row.cells(), f"{max(row.bundles, row.dma) / wide:.2f}")
+            lines.append("| " + " | ".join(cells) + " |")
+            print(lines[-1], flush=True)
+    if _SAVE.value:
+        text = _title("Schedules of the forms of caches", "--forms --save")
+        (_MEASUREMENTS / "tpu_forms.md").write_text(text + "\n".join(lines) + "\n")
 
 
 def main(argv: list[str]) -> None:
@@ -420,6 +452,9 @@ def main(argv: list[str]) -> None:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_llo_text=true"
     jax.config.update("jax_platforms", "cpu")
+    if _FORMS.value:
+        _forms()
+        return
     rows: list[Row] = []
     for generation in _GENERATIONS.value:
         for case in SCHEDULED:

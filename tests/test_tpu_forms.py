@@ -186,7 +186,7 @@ _DERIVED = [
     ("queries", Form(128, "BHSD", "int8")),
     ("sequence", Form(128)),
     ("eight_heads", Form(16, dtype="int8")),
-    ("mixed", Form(dtype="int8", layout="BHSD")),
+    ("mixed", Form(128, "BHSD", "int8")),
 ]
 
 

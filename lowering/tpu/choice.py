@@ -279,7 +279,8 @@ def choose(
             continue
         reason = x.key.reason or x.value.reason
         if reason is not None:
-            refusals.append(Unsupported(reason, 'Keep heads first: cache_layout="BHSD".'))
+            advice = 'Keep heads first, cache_layout="BHSD", and a multiple of 8 positions.'
+            refusals.append(Unsupported(reason, advice))
             continue
         try:
             blocks = blocks_for(work, chip, params.block_size, vmem_most)
