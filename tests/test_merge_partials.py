@@ -77,7 +77,7 @@ def test_forward(case: Case, way: str) -> None:
     assert_results(results, case, tol=2e-2 if case.dtype == "bfloat16" else None)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", tiered(WAYS, ["array"]))
 @pytest.mark.parametrize("case", tiered(CASES[:2], CASES[:1]), ids=ids(CASES[:2]))
 def test_derivatives(case: Case, way: str) -> None:
     run, operands = _merged(case, way), _operands(case)
@@ -88,7 +88,7 @@ def test_derivatives(case: Case, way: str) -> None:
     sharded.assert_tangents(actual, case, tangents)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", tiered(WAYS, ["mesh"]))
 def test_second_order(x64: None, way: str) -> None:
     case = double(CASES[0])
     operands = _operands(case)
@@ -127,7 +127,8 @@ def test_empty_parts_change_no_bit(mask_value: float) -> None:
             np.testing.assert_array_equal(got, want[kept])
 
 
-@pytest.mark.parametrize("modes", tiered([(("fwd",),), (("rev",),)], [(("rev",),)]))
+@pytest.mark.full
+@pytest.mark.parametrize("modes", [("fwd",), ("rev",)])
 def test_derivatives_with_empty_parts(x64: None, modes: tuple[str, ...]) -> None:
     """By all three results to second order; no NaN where some or all parts are empty."""
     parts = _parts(np.random.default_rng(1), (3, 4), 2, np.float64)
@@ -264,7 +265,7 @@ def test_several_results_are_one_stacked() -> None:
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("narrow", ["bfloat16", "float16"])
+@pytest.mark.parametrize("narrow", tiered(["bfloat16", "float16"], ["float16"]))
 def test_out_in_float32_is_rounded_once(narrow: str) -> None:
     """Parts of a narrow cache whose outs are not rounded merge as precisely as one call."""
     case = Case("merged_narrow", (20, 17), Hq=4, Hkv=2, S=20, D=8, Dv=8, dtype=narrow)

@@ -312,7 +312,7 @@ def test_offset_keys(way: str, offset: float) -> None:
 
 
 @pytest.mark.parametrize("garbage", tiered([np.nan, np.inf, -np.inf], [np.nan]))
-@ways
+@pytest.mark.parametrize("way", tiered(WAYS, ["blocks"]))
 def test_garbage_in_queries_of_empty_windows(way: str, garbage: float) -> None:
     """As two queries of one row, and as a row of its own."""
     cache = jnp.ones((1, 3, 1, 1))
@@ -378,7 +378,8 @@ def test_windows_beyond_int32(fun: Any, dtype: str) -> None:
 # Manual axes that vmap adds.
 
 
-@pytest.mark.parametrize("way", tiered(["reference", "blocks"], ["blocks"]))
+@pytest.mark.full
+@pytest.mark.parametrize("way", ["reference", "blocks"])
 def test_spmd_axis_over_shard_map(way: str) -> None:
     """The mapped query varies over the mesh, the cache does not; so do their derivatives."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2])
@@ -520,7 +521,7 @@ def test_sizes_of_zero(size: str, block_size: int | None) -> None:
 # A position in the window of another query.
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", tiered(WAYS, ["blocks"]))
 def test_positions_outside_of_every_window_that_shares_them(way: str) -> None:
     """Positions that no query sharing the row attends to may hold anything."""
     case = BY_NAME["queries_gap"]

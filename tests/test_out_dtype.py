@@ -34,7 +34,7 @@ def _run(way: str, case: Case, **params: Any) -> Callable[..., Any]:
     return jax.jit(lambda *operands: tuple(WAYS[way](*operands, **keywords)))
 
 
-@ways
+@pytest.mark.parametrize("way", cases.tiered(WAYS, ["blocks"]))
 @cases_
 def test_values_and_derivatives(case: Case, way: str) -> None:
     operands, run = case.operands(), _run(way, case)

@@ -468,6 +468,7 @@ def _run(*arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.full
 def test_command(model: weights.Model, folder: pathlib.Path) -> None:
     picture, questions = folder / "picture.png", folder / "questions.txt"
     questions.write_text("the first?\n\nthe second?\n")

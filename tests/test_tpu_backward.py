@@ -155,7 +155,7 @@ GIVEN = ((True, False, False), (False, True, False), (False, True, True))
 SUBSETS = list(itertools.product(((0,), (1,), (2,), (0, 2)), GIVEN))
 
 
-@pytest.mark.parametrize(("wrt", "given"), tiered(SUBSETS, SUBSETS[::4]))
+@pytest.mark.parametrize(("wrt", "given"), tiered(SUBSETS, SUBSETS[::8]))
 def test_subsets(wrt: tuple[int, ...], given: tuple[bool, ...]) -> None:
     case = CASES[0]
     operands = case.operands()
@@ -190,7 +190,7 @@ def _assert_bfloat16(case: Case, wrt: tuple[int, ...]) -> None:
         assert_close(x, want[i], 4 * 2.0**-8, scale=1 + float(np.abs(want[i]).max()))
 
 
-@pytest.mark.parametrize("Q", [1, 8])
+@pytest.mark.parametrize("Q", tiered([1, 8], [8]))
 def test_bfloat16(Q: int, interpreted: None) -> None:
     """Two heads share a word; with many queries each is read and written by itself."""
     ends, starts = ((70,) * Q, (33,) * Q), ((0,) * Q, (31,) * Q)
@@ -209,6 +209,7 @@ def test_grouped_tiles(interpreted: None) -> None:
     _assert_bfloat16(case, (1,))
 
 
+@pytest.mark.full
 def test_many_queries_in_tiles(interpreted: None) -> None:
     """More rows of queries than one step takes: the cotangents of a block are sums over tiles."""
     Q, S = 40, 150
