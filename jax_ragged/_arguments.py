@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+_INT32 = np.iinfo(np.int32)
+
 
 class SupportsJaxArray(Protocol):
     """An object that stands for an array, such as a variable of flax."""
@@ -56,16 +58,24 @@ def positions(operation: str, name: str, x: Any) -> jax.Array | np.ndarray[Any, 
 
     Without x64, JAX would take the low 32 bits of wide integers as they enter a program.
     """
-    of_host = isinstance(x, int | np.integer | list | tuple)
-    if of_host and not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
+    if isinstance(x, int | np.integer | list | tuple):
+        held = jax.tree.map(_saturated, x)
+        of_jax = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(held))
         try:
-            x = np.asarray(x)
+            x = held if of_jax else np.asarray(held)
         except ValueError as error:
             raise _no_array(operation, name, x) from error
     windows = array(operation, name, x)
     if isinstance(windows, np.ndarray):
         windows = saturated_int32(windows)
     return windows
+
+
+def _saturated(x: Any) -> Any:
+    """A number of the host, if it is an integer, as the nearest that int32 holds."""
+    if isinstance(x, bool) or not isinstance(x, int | np.integer):
+        return x
+    return min(max(int(x), _INT32.min), _INT32.max)
 
 
 def saturated_int32(x: Any) -> Any:
@@ -75,9 +85,9 @@ def saturated_int32(x: Any) -> Any:
     """
     if not jnp.issubdtype(x.dtype, jnp.integer):
         return x
-    limits, held = np.iinfo(np.int32), np.iinfo(x.dtype)
-    if held.min < limits.min or held.max > limits.max:
-        low, high = max(held.min, limits.min), min(held.max, limits.max)
+    held = jnp.iinfo(x.dtype)
+    if held.min < _INT32.min or held.max > _INT32.max:
+        low, high = max(held.min, _INT32.min), min(held.max, _INT32.max)
         xp = np if isinstance(x, np.ndarray) else jnp
         x = xp.clip(x, np.array(low, x.dtype), np.array(high, x.dtype))
     return x.astype(np.int32)

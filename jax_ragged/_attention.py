@@ -87,7 +87,9 @@ def _window_shape_advice(name: str, x: Any, rows: tuple[int, ...], S: int) -> st
 def _check_sinks(query: Any, sinks: Any) -> None:
     Hq = query.shape[-2]
     if sinks.shape != (Hq,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
-        advice = "sinks.reshape(-1)" if sinks.size == Hq else "jnp.full(Hq, sink) for one sink"
+        advice = "jnp.full(Hq, sink) for one sink"
+        if sinks.size == Hq:
+            advice = "jnp.ravel(sinks).astype(jnp.float32)"
         raise ValueError(
             "ragged_attention: sinks must have shape [Hq] and a float dtype, one logit for each "
             f"query head; got {sinks.dtype}{list(sinks.shape)} for Hq = {Hq}. Pass {advice}."
@@ -275,7 +277,8 @@ def ragged_attention(
 
     An empty window gives `out = 0`, `max_logits = mask_value`, `denominator = 0`, and all of its
     derivatives are 0, even where its query is NaN. A window is empty if it has no position, or if
-    all of its logits are -inf.
+    all of its logits are -inf. With `sinks`, the sink is one more logit: `max_logits` is then the
+    sink and `denominator` 1.
 
     A position of the cache outside of every window that shares it is never used: NaN there
     changes nothing. The Q queries of a row share its positions, and so do all examples of a vmap

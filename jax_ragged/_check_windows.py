@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from jax.experimental import checkify
@@ -65,16 +65,28 @@ def check_windows(
             f"{_OPERATION}: key must have shape {shape}; got {key.shape}. Pass it as to "
             "ragged_attention."
         )
+    if cache_layout not in get_args(CacheLayout):
+        raise ValueError(
+            f'{_OPERATION}: cache_layout must be "BSHD" or "BHSD"; got {cache_layout!r}.'
+        )
     S, _ = sizes(CacheArguments(key, key), cache_layout)
-    if page_table is None:
-        _check_ends(ends, S)
-        return
-    table = _integers("page_table", page_table)
-    if table.ndim != 2:
+    table = None if page_table is None else _integers("page_table", page_table)
+    if table is not None and table.ndim != 2:
         raise ValueError(
             f"{_OPERATION}: page_table must have shape [B, W]; got {table.shape}. Pass it as to "
             "ragged_attention."
         )
+    B = (key if table is None else table).shape[0]
+    for name, x in (("lengths", ends), ("starts", begins)):
+        # An empty shape is one window for all rows.
+        if x.ndim > 2 or (x.ndim and x.shape[0] != B):
+            raise ValueError(
+                f"{_OPERATION}: {name} must have shape [B] or [B, Q], or be a scalar, for B = {B}; "
+                f"got {x.shape}. Pass it as to ragged_attention."
+            )
+    if table is None:
+        _check_ends(ends, S)
+        return
     W, T, P = table.shape[1], S, key.shape[0]
     _check_ends(ends, W * T)
     # Windows as [B or 1, Q or 1, 1]; page w holds positions w * T to (w + 1) * T.

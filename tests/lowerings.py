@@ -165,10 +165,11 @@ class Tpu(Runner):
         return ("tpu_kernel",) if taken else ("reference",)
 
     def reads(self, case: FormCase, operation: str) -> bool | None:
-        """As of every runner: all forms but pages that XLA keeps with positions in the lanes."""
+        """As of every runner: all forms but pages that XLA would move."""
         page = case.form.page
-        in_lanes = page is not None and page % 128 and (case.D % 128 or case.Dv % 128)
-        return case.dtype in ("float32", "bfloat16") and not in_lanes
+        unit = 128 if case.D % 128 or case.Dv % 128 else 8
+        of_unit = page is None or page % unit == 0
+        return case.dtype in ("float32", "bfloat16") and of_unit
 
 
 class Gpu(Runner):

@@ -117,6 +117,15 @@ def test_wide_python_integers_saturate(fun: Any) -> None:
     want = fun(query, key, value, np.full(3, 6), np.zeros(3, int))
     _assert_same(fun(query, key, value, 2**40, -(2**40)), want)
     _assert_same(fun(query, key, value, [2**40, 2**32, 6], [-(2**33)] * 3), want)
+    _assert_same(fun(query, key, value, 2**70, [np.int64(-(2**40)), jnp.int32(0), -(2**64)]), want)
+
+
+@pytest.mark.parametrize("fun", BOTH)
+def test_narrow_integers(fun: Any) -> None:
+    query, key, value, *_ = SMALL.operands()
+    want = fun(query, key, value, np.full(3, 6))
+    for dtype in ("int4", "uint4", "int8", "uint16"):
+        _assert_same(fun(query, key, value, np.full(3, 6, dtype)), want)
 
 
 def test_lists_of_traced_numbers() -> None:

@@ -152,3 +152,19 @@ def test_errors() -> None:
         check_windows(cache, SMALL.operands().query)
     with pytest.raises(ValueError, match=r"^check_windows: page_table must have shape \[B, W\]"):
         check_windows(cache, 3, page_table=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": np.zeros(3, int)}, r"lengths must have shape \[B\].*B = 2; got \(3,\)"),
+        ({"lengths": np.zeros((2, 3, 4), int)}, r"lengths must have.*got \(2, 3, 4\)"),
+        ({"starts": np.zeros(3, int)}, r"starts must have.*got \(3,\)"),
+        ({"page_table": np.zeros((3, 4), int)}, r"lengths must have.*B = 3; got \(2,\)"),
+        ({"cache_layout": "x"}, 'cache_layout must be "BSHD" or "BHSD"; got'),
+    ],
+)
+def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"lengths": np.zeros(2, int)} | changes
+    with pytest.raises(ValueError, match=f"^check_windows: {message}"):
+        check_windows(np.zeros((2, 8, 1, 4)), **arguments)

@@ -139,7 +139,8 @@ PARAMETERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"partition": P("x", unreduced=frozenset("y"))}, ValueError, "partition must say how"),
     ({"key_scale": 1}, TypeError, "key_scale must come with a quantised key.*softmax_scale by it"),
     ({"value_scale": 1}, TypeError, "value_scale must come with a .*or multiply out by it"),
-    ({"sinks": np.zeros((1, 2, 1), F32)}, ValueError, r"sinks must .*Pass sinks.reshape\(-1\)"),
+    ({"sinks": np.zeros((1, 2, 1), F32)}, ValueError, r"sinks must .*Pass jnp.ravel\(sinks\)"),
+    ({"sinks": np.zeros(2, int)}, ValueError, r"sinks must .*int.*\[2\].*astype\(jnp.float32\)"),
     ({"sinks": 0.0}, ValueError, r"sinks must have shape \[Hq\].*jnp.full\(Hq, sink\)"),
 ]  # fmt: skip
 

@@ -390,12 +390,14 @@ def test_scan_over_a_stack_of_layers(generation: str, D: int) -> None:
     [
         (Scheduled(64, 8, 64, page=64), "pages of 64 positions side by side in the lanes"),
         (Scheduled(16, 4, 256, dtype="int8"), "XLA would copy the cache"),
-        (Scheduled(32, 8, 128, page=1001), "VMEM"),
+        (Scheduled(32, 8, 128, page=1000), "VMEM"),
+        (Scheduled(32, 8, 128, page=20), "multiple of 8 positions.*these have 20"),
+        (Scheduled(8, 2, 128, page=5, dtype="int8"), "multiple of 8 positions"),
     ],
     ids=str,
 )
 def test_refused(case: Scheduled, reason: str) -> None:
     """Forms that no kernel reads in place are refused with the reason."""
-    operands = case.operands(4, 2002, SingleDeviceSharding(devices("v5e")[0]))
+    operands = case.operands(4, 8000, SingleDeviceSharding(devices("v5e")[0]))
     with pytest.raises(NotImplementedError, match=reason):
         jax.jit(case.call).lower(operands)

@@ -62,6 +62,12 @@ class Sizes:
             )
         # A row that is one page is read as a row of a dense cache is.
         self.page = stored if stored < self.S else None
+        if self.page is not None and self.page % SUBLANES:
+            raise Unsupported(
+                f"its kernels read pages of a multiple of {SUBLANES} positions, which XLA keeps as "
+                f"they are, and these have {self.page}",
+                f"Use pages of a multiple of {SUBLANES} positions.",
+            )
         self.pages = self.positions // stored if params.paged else 0
         layout_of = functools.partial(
             CacheForm.of, stored, self.Hkv, heads_first=params.cache_layout == "BHSD"
