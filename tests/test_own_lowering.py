@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WRONG = """
 from examples.lowering import LongestWindow
@@ -42,6 +44,7 @@ def test_example_passes(tmp_path: pathlib.Path) -> None:
     assert "refused 3 programs: it takes float32, and this is bfloat16" in output
 
 
+@pytest.mark.full
 def test_wrong_lowering_fails(tmp_path: pathlib.Path) -> None:
     (tmp_path / "wrong_lowering.py").write_text(WRONG)
     status, output = _conformance("wrong_lowering:LOWERING", tmp_path)

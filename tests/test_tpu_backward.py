@@ -71,7 +71,7 @@ CASES = (
 )
 
 # Of the default tier: columns of both kinds, tiles of lanes, queries.
-DEFAULT = [c for c in CASES if c.name in ("mixed_tiles", "queries_sequence")]
+DEFAULT = [c for c in CASES if c.name == "queries_sequence"]
 
 # Sums over up to 256 products in float32, and the cancellation of z' with delta.
 TOLERANCE = 4e-6
