@@ -262,9 +262,10 @@ def tolerance(case: Case, narrow: bool = True) -> float:
     """The tolerance of assert_close: of a result in the case's dtype, or of a statistic.
 
     An error of a logit is relative to its size and an absolute error of the exponent: so the
-    tolerance of what follows the exponential is that of unit-scale logits times logit_size.
+    tolerance of what follows the exponential is that of unit-scale logits times logit_size. A logit
+    is a sum of D products, whose rounding errors add up.
     """
-    arithmetic = _ARITHMETIC[case.dtype] * max(1.0, case.logit_size)
+    arithmetic = _ARITHMETIC[case.dtype] * max(1.0, case.logit_size) * max(1.0, case.D / 64)
     return arithmetic + (_ROUNDING[case.dtype] if narrow else 0.0)
 
 
