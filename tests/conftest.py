@@ -5,6 +5,7 @@ generation of TPU in it. `--full` adds the tests marked `full`: the matrices, an
 take long for the little that they add.
 """
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -52,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 _OWN = pytest.StashKey[Any]()
+_TESTS = itertools.count(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -88,6 +90,10 @@ def compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     with programs.optimisations(request.node.get_closest_marker("optimized") is not None):
         yield
+    # Linux maps a process's memory in at most 65,530 pieces, and XLA aborts where a program gets
+    # none: the programs of some 1,500 tests have too many.
+    if next(_TESTS) % 100 == 0:
+        jax.clear_caches()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -351,13 +351,21 @@ def test_scan_over_a_stack_of_layers(generation: str, D: int) -> None:
     L, B, S, Hq, Hkv = 4, 4, 2048, 32, 8
     sharding = SingleDeviceSharding(devices(generation)[0])
 
-    def step(keys: Any, values: Any, x: Any, new: Any, lengths: Any, *, read: bool) -> Any:
-        row = jnp.arange(B)
+    row = np.arange(B)
 
+    def written(cache: Any, i: Any, new: Any, lengths: Any) -> Any:
+        if D % 128 == 0:
+            return cache.at[i, row, lengths].set(new)
+        # XLA keeps positions in the lanes then, and copies the stack for a scatter.
+        for b in row:
+            token = new[b][None, None, None]
+            cache = jax.lax.dynamic_update_slice(cache, token, (i, int(b), lengths[b], 0, 0))
+        return cache
+
+    def step(keys: Any, values: Any, x: Any, new: Any, lengths: Any, *, read: bool) -> Any:
         def layer(carry: Any, i: Any) -> Any:
             keys, values, x = carry
-            keys = keys.at[i, row, lengths].set(new[i])
-            values = values.at[i, row, lengths].set(new[i])
+            keys, values = (written(cache, i, new[i], lengths) for cache in (keys, values))
             if read:
                 pools = [c.reshape(L * B, S, Hkv, D) for c in (keys, values)]
                 table = {"page_table": (i * B + row)[:, None]}
