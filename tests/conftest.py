@@ -25,6 +25,7 @@ os.environ.setdefault(
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import pytest
 
 import lowerings
@@ -109,3 +110,15 @@ def x64() -> Iterator[None]:
     """Runs a test with 64-bit types."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def products_of_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces matrix products of an operand in registers, which JAX's GPU interpreter lacks."""
+    from jax_ragged.lowering.gpu import attend, teams  # Pallas, for the tests that need it
+
+    def product(p: jax.Array, values_ref: Any) -> jax.Array:
+        return jnp.dot(p.astype(jnp.float32), values_ref[...].astype("float32"))
+
+    monkeypatch.setattr(attend, "_product", product)
+    monkeypatch.setattr(teams, "_add_product", lambda total, p, ref: total + product(p, ref))

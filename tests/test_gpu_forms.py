@@ -313,18 +313,12 @@ class TestPlan:
     not hasattr(plgpu, "InterpretGPUParams"), reason="Mosaic GPU has no interpreter in jax < 0.11"
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+@pytest.mark.usefixtures("products_of_registers")
 class TestInterpreted:
     """The kernels as JAX's interpreter runs them, on few CTAs; see test_gpu_lowering."""
 
     @pytest.fixture(autouse=True)
-    def _products_of_registers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Replaces the matrix products of an operand in registers, which the interpreter lacks."""
-
-        def product(p: jax.Array, values_ref: Any) -> jax.Array:
-            return jnp.dot(p.astype(jnp.float32), values_ref[...].astype("float32"))
-
-        monkeypatch.setattr(attend, "_product", product)
-        monkeypatch.setattr(teams, "_add_product", lambda total, p, ref: total + product(p, ref))
+    def _few_teams(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(team_plan, "_FEWEST_TEAMS", 1)
 
     def _run(self, stored: Stored, schedule: Callable[..., Any]) -> None:

@@ -23,7 +23,7 @@ from cases import CASES, Case, Operands, assert_close, poison, tiered, tolerance
 from jax_ragged import ragged_attention
 from jax_ragged.lowering import contract, gpu
 from jax_ragged.lowering.dispatch import Target
-from jax_ragged.lowering.gpu import attend, team_plan, teams
+from jax_ragged.lowering.gpu import team_plan, teams
 from jax_ragged.lowering.gpu.line import attend_along_line
 from jax_ragged.lowering.gpu.plan import make_plan
 from jax_ragged.lowering.params import RaggedAttentionParams
@@ -273,21 +273,12 @@ _LINE = [
     not hasattr(plgpu, "InterpretGPUParams"), reason="Mosaic GPU has no interpreter in jax < 0.11"
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+@pytest.mark.usefixtures("products_of_registers")
 class TestInterpreted:
     """The kernels as JAX's interpreter runs them, on few CTAs.
 
     It multiplies with numpy, which warns of the NaN outside of the windows.
     """
-
-    @pytest.fixture(autouse=True)
-    def _products_of_registers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Replaces the matrix products of an operand in registers, which the interpreter lacks."""
-
-        def product(p: jax.Array, values_ref: Any) -> jax.Array:
-            return jnp.dot(p.astype(jnp.float32), values_ref[...].astype("float32"))
-
-        monkeypatch.setattr(attend, "_product", product)
-        monkeypatch.setattr(teams, "_add_product", lambda total, p, ref: total + product(p, ref))
 
     def _run(self, case: Case, schedule: Callable[..., Any]) -> None:
         """Runs a schedule, given the plan's arguments and then the kernel's, on a case."""
