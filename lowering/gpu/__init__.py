@@ -108,8 +108,8 @@ def _check_derivative(
 class _GPU(Lowering):
     """The Hopper kernels of the forward and of `derivatives`.
 
-    The forward reads every form of cache in place. The derivatives read dense caches: those of
-    pages and of heads first go through the dense cache, and quantised ones to the reference.
+    The forward reads every form of cache in place. The derivatives read dense caches: pages and
+    heads-first caches are made dense for them, and quantised caches go to the reference.
     """
 
     dense_only = False

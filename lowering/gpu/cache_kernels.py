@@ -15,7 +15,7 @@ operands of the products, from registers:
 
 The sums run over queries and heads in float32 and are rounded once. No product contracts over
 positions, so a NaN outside the windows stays in its own position, where p and s_bar are selected
-to be 0. Positions are those of the cache with its rows joined, so a CTA may own the end of one row
+to be 0. Positions count along the cache with its rows joined, so a CTA may own the end of one row
 and the start of the next: the tiles of both touch its positions, each inside its own windows.
 """
 

@@ -15,7 +15,7 @@ the copies of the block before it run, so that it does not wait for the table.
 
 A quantised cache comes with scales. One scale for all positions of a head is a number. Scales of
 their own for positions stand beside them in an array [positions, heads], whose pieces are copied
-with those of the cache, 8 heads wide. Heads are padded to a multiple of 4, which the copy engine
+with the pieces of the cache, 8 heads wide. Heads are padded to a multiple of 4, as the copy engine
 needs.
 """
 
@@ -75,7 +75,7 @@ class Form:
     Attributes:
       key, value: how each is stored.
       S: positions of a row.
-      stride: from the first position of a row to that of the next one, in the joined cache.
+      stride: the positions from one row's first to the next row's first, in the joined cache.
       page_size: positions of a page, or the stride where heads come first and there is no table.
         None for a dense cache, whose rows are joined.
       heads_first: whether a page is [Hkv, T, D].
@@ -211,7 +211,7 @@ class Form:
     def copy_block(
         self, refs: Refs, name: str, slot: Any, place: "Place", first: Any, pages: Pages
     ) -> None:
-        """Starts the copies of a block's pieces; what is past the end stays as it was.
+        """Starts the copies of a block's pieces; positions past the end keep their old values.
 
         Args:
           refs: the kernel's refs.

@@ -98,8 +98,8 @@ def shared_rows(shape: tuple[int, ...], dtype: Any, like: int | None = None) -> 
 
     The copy engine permutes ("swizzles") the bytes of 8 rows so that reading columns of the tile
     meets no bank conflicts. The more bytes of a row take part the better: 128, or 64 or 32 where
-    the row is no multiple of more. Both operands of a product need the same: that of rows of `like`
-    columns, if it is not the array's own.
+    the row is no multiple of more. Both operands of a product need the same: the one for rows of
+    `like` columns, if it is not the array's own.
     """
     size = jax.numpy.dtype(dtype).itemsize
     swizzle = swizzle_columns(shape[-1] if like is None else like, dtype) * size

@@ -140,7 +140,7 @@ class _Stretch:
     Attributes:
       b, head: the row of the cache and its head.
       stretch: the number of the stretch.
-      position: that of the row's first position.
+      position: where the row begins, in the joined cache.
       begin, end: the stretch's blocks of the row.
       first, last: of them, those inside the hull.
     """

@@ -323,7 +323,7 @@ class Launch(Generic[Refs]):
         return named | blocks
 
     def _copy_pages(self, scalars: Any, named: dict[str, Any]) -> Any:
-        """Starts the copies of the next step's pages, and waits for those of this step.
+        """Starts the copies of the next step's pages, and waits for this step's pages.
 
         Returns:
           The index of this step's half of the buffers.
@@ -354,7 +354,7 @@ class Launch(Generic[Refs]):
         lax.fori_loop(first, jnp.minimum(step + 2, end), start, None)
         here = remainder(step, 2)
         for _, buffer, copied, _ in pools:
-            # Waiting is for a number of bytes: those of all pages together.
+            # Waiting is for a number of bytes: all pages together.
             pltpu.make_async_copy(buffer.at[here], buffer.at[here], copied.at[here]).wait()
         return pl.ds(here, 1)
 
