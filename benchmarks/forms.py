@@ -61,7 +61,7 @@ GOALS = (
 )
 
 
-def _paged(x: jax.Array, page: int, order: jax.Array) -> jax.Array:
+def paged(x: jax.Array, page: int, order: jax.Array) -> jax.Array:
     """The pool [P, T, ...] whose page order[i] holds the i-th page of x [B, S, ...]."""
     pages = x.reshape(-1, page, *x.shape[2:])
     return jnp.zeros_like(pages).at[order].set(pages)
@@ -79,7 +79,7 @@ def _form(
     if page is not None:
         count = problem.case.B * problem.case.S // page
         order = jax.random.permutation(jax.random.key(1), count)
-        arrays = {name: _paged(x, page, order) for name, x in arrays.items()}
+        arrays = {name: paged(x, page, order) for name, x in arrays.items()}
         arrays["page_table"] = order.reshape(problem.case.B, -1)
     if layout == "BHSD":
         cached = {n: x.swapaxes(1, 2) for n, x in arrays.items() if n != "page_table"}

@@ -1,10 +1,12 @@
 """Cases and peers on GPUs, and one command for every table of their documentation.
 
-    XLA_PYTHON_CLIENT_PREALLOCATE=false python -m benchmarks.gpu [TABLE ...] [--save] [--plot]
+    export XLA_PYTHON_CLIENT_PREALLOCATE=false
+    python -m benchmarks.gpu [TABLE ...] [--cases TEXT ...] [--save] [--plot]
 
-prints the tables of `benchmarks.gpu_tables` with their goals, or those that are named: decode,
-prefill, gradients, decode-derivatives. `--save` writes them into docs/measurements/gpu.md, and
-`--plot` draws docs/gpu.png from the tables of that page: alone it needs no GPU.
+prints all tables with their goals, or those that are named: decode, pages, quantised, prefill,
+gradients, decode-derivatives. `--cases` leaves out cases whose names contain none of the texts.
+`--save` writes the tables into docs/measurements/gpu.md, and `--plot` draws docs/gpu.png from the
+tables of that page: alone it needs no GPU.
 
 Times are of the device: a JAX function runs in a loop inside one jitted program, a torch function
 in a CUDA graph. The loop's own operations and the gaps between kernels cost a JAX call 8 to 15 us
@@ -13,14 +15,19 @@ own, hence the environment variable.
 """
 
 import argparse
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import gpu_page, gpu_peers
+from benchmarks.gpu_causal import CAUSAL, gradients, prefill
+from benchmarks.gpu_decode import DECODE, decode, derivatives
+from benchmarks.gpu_forms import QUANTISED, pages, quantised
 from benchmarks.gpu_peers import CALLS
 from benchmarks.gpu_profile import least_seconds
-from benchmarks.gpu_tables import TABLES
+from benchmarks.gpu_table import Table, name
 from benchmarks.measure import Candidate, Case, Goal, Problem, versions
 
 __all__ = ["CALLS", "CASES", "GOALS", "SWEEP", "peers", "read_bandwidth"]
@@ -43,6 +50,33 @@ GOALS = (
     Goal("short_rows", "best", 3.0),
     Goal("eight_queries", "gqa", 1 / 1.3),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """How a table is measured.
+
+    Attributes:
+      cases: all its cases.
+      table: maps cases and the bandwidth of floors, in bytes a second, to the table.
+    """
+
+    cases: Sequence[Case]
+    table: Callable[[Sequence[Case], float], Table]
+
+    def named(self, texts: Sequence[str]) -> list[Case]:
+        """The cases whose names contain one of the texts; without texts, all."""
+        return [x for x in self.cases if not texts or any(text in name(x) for text in texts)]
+
+
+TABLES = {
+    "decode": Measurement(DECODE, decode),
+    "pages": Measurement(DECODE, pages),
+    "quantised": Measurement(QUANTISED, quantised),
+    "prefill": Measurement(CAUSAL, prefill),
+    "gradients": Measurement(CAUSAL, gradients),
+    "decode-derivatives": Measurement(DECODE[:1], derivatives),
+}
 # Bytes read and written in a second, by device kind.
 _COPIES = {"NVIDIA H200": 4.3e12, "NVIDIA H100 80GB HBM3": 3.0e12}
 
@@ -66,29 +100,40 @@ def peers(problem: Problem) -> dict[str, Candidate]:
     return {"jax.nn cudnn": gpu_peers.cudnn(problem)} | gpu_peers.torch_peers(problem)
 
 
+def _print_tables(chosen: Mapping[str, Sequence[Case]], *, save: bool) -> None:
+    """Measures and prints tables, each of the cases beside its name."""
+    how, bandwidth = _floor_bandwidth()
+    flashinfer = gpu_peers.flashinfer_version()
+    peer = "" if flashinfer is None else f", FlashInfer {flashinfer}"
+    floors = f"Floors are at {bandwidth / 1e12:.2f} TB/s, the rate of {how}."
+    made_with = f"{versions()}{peer}; bfloat16. {floors}"
+    print(made_with, flush=True)
+    for title, cases in chosen.items():
+        table = TABLES[title].table(cases, bandwidth)
+        print(f"\n{gpu_page.text(table)}", flush=True)
+        if save:
+            gpu_page.save(table, made_with)
+
+
 def main() -> None:
     """Reads the command line, measures, prints, and saves what is asked for."""
     parser = argparse.ArgumentParser(description="Tables of ragged attention on a GPU.")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}")
+    parser.add_argument(
+        "--cases", nargs="+", default=(), metavar="TEXT", help='such as "B16 S8192"'
+    )
     parser.add_argument("--save", action="store_true", help="write docs/measurements/gpu.md")
     parser.add_argument("--plot", action="store_true", help="draw docs/gpu.png from that page")
     args = parser.parse_args()
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
-    if args.tables or args.save or not args.plot:
-        how, bandwidth = _floor_bandwidth()
-        flashinfer = gpu_peers.flashinfer_version()
-        peer = "" if flashinfer is None else f", FlashInfer {flashinfer}"
-        made_with = (
-            f"{versions()}{peer}; bfloat16. Floors are at {bandwidth / 1e12:.2f} TB/s, the rate of "
-            f"{how}."
-        )
-        print(made_with, flush=True)
-        for name in args.tables or TABLES:
-            table = TABLES[name](bandwidth)
-            print(f"\n{gpu_page.text(table)}", flush=True)
-            if args.save:
-                gpu_page.save(table, made_with)
+    if args.cases and args.save:
+        parser.error("--save writes whole tables: leave out --cases")
+    if args.tables or args.cases or args.save or not args.plot:
+        chosen = {title: TABLES[title].named(args.cases) for title in args.tables or TABLES}
+        if not any(chosen.values()):
+            parser.error(f"no case of these tables has {args.cases} in its name")
+        _print_tables({title: x for title, x in chosen.items() if x}, save=args.save)
     if args.plot:
         gpu_page.plot()
 

@@ -1,151 +1,132 @@
-"""Forms of caches on a GPU: pages in random order and quantised values, beside the dense cache.
+"""Tables of decode on a GPU, on other forms of caches: in pages, and quantised."""
 
-    python -m benchmarks.gpu_forms [pages | quantised] [CASE ...]
-
-prints, for each decode case of `benchmarks.gpu` and one more (or those whose number is given), the
-time of the kernels alone in us, and how many times that of the dense bfloat16 call it is. Every
-form's output is compared with the dense call's. Quantised caches have a scale for each token and
-head.
-"""
-
-import dataclasses
-import functools
-import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu import CALLS
-from benchmarks.gpu_profile import kernel_times
-from benchmarks.gpu_tables import DECODE
-from benchmarks.measure import Case, Problem, print_table, versions
-from jax_ragged import quantize_cache, ragged_attention
+from benchmarks.gpu_decode import (
+    DECODE,
+    PEER_PAGE,
+    Arrays,
+    Call,
+    beside,
+    dense_arrays,
+    flashinfer_seconds,
+    in_pages,
+    our_call,
+)
+from benchmarks.gpu_table import Row, Table, check_close, met, name, shown, us
+from benchmarks.measure import Case
+from jax_ragged import quantize_cache
 
-PAGES = (16, 64, 256)
-CASES = (*DECODE, Case("", B=64, S=4096, Hq=32, Hkv=32, D=128, dtype="bfloat16"))
-
-# The operands of a call by name.
-Arrays = dict[str, Any]
-
-
-def kernels_alone(call: Callable[[Arrays], jax.Array], arrays: Arrays) -> float:
-    """The seconds of the kernels of one call, of many in one compiled loop."""
-
-    def loop(arrays: Arrays) -> jax.Array:
-        def step(_: Any, lengths: jax.Array) -> jax.Array:
-            out = call(arrays | {"lengths": lengths})
-            return lengths + (out.ravel()[0] > 1e30).astype(lengths.dtype)
-
-        lengths: jax.Array = jax.lax.fori_loop(0, CALLS, step, arrays["lengths"])
-        return lengths
-
-    program = jax.jit(loop).lower(arrays).compile()
-    jax.block_until_ready(program(arrays))
-    times = kernel_times(program, arrays, calls=CALLS)
-    return sum(t for name, t in times.items() if "ragged_attention" in name)
+QUANTISED = (
+    *(case for case in DECODE if (case.Hq, case.Hkv, case.D) == (32, 8, 128)),
+    Case("", B=64, S=4096, Hq=32, Hkv=32, D=128, dtype="bfloat16"),
+)
+# Positions of a page, and the most that a call on pages may take: in calls on the dense cache.
+PAGES, PAGES_GOAL = (16, 64, 256), 1.05
+# The most that a call on a quantised cache may take, by query heads and KV heads: in calls on the
+# cache in bfloat16.
+QUANTISED_GOALS = {(32, 8): 0.65, (32, 32): 0.6}
 
 
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """A dense call, timed.
-
-    Attributes:
-      arrays: its operands.
-      call: the call of any form of them.
-      seconds: of its kernels alone.
-      out: its output.
-    """
-
-    arrays: Arrays
-    call: Callable[[Arrays], jax.Array]
-    seconds: float
-    out: jax.Array
-
-    @classmethod
-    def of(cls, case: Case) -> "Timed":
-        """Times a case."""
-        problem = Problem.of(case)
-        names = ("query", "key", "value", "lengths")
-        arrays: Arrays = dict(zip(names, problem.operands, strict=True))
-
-        def call(arrays: Arrays) -> jax.Array:
-            return ragged_attention(**arrays, softmax_scale=problem.scale).out
-
-        return cls(arrays, call, kernels_alone(call, arrays), jax.jit(call)(arrays))
-
-    def form(self, change: Callable[[Arrays], Arrays], tolerance: float) -> str:
-        """Times the call in another form of the cache and checks its output."""
-        arrays = jax.jit(change)(self.arrays)
-        error = float(jnp.abs(jax.jit(self.call)(arrays) - self.out).max())
-        if not error < tolerance:
-            raise RuntimeError(f"the output differs from the dense call's by {error}")
-        seconds = kernels_alone(self.call, arrays)
-        return f"{seconds * 1e6:.1f} ({seconds / self.seconds:.2f})"
+def pages(cases: Sequence[Case], bandwidth: float) -> Table:
+    """Decode on pages beside the dense cache and, where it is installed, FlashInfer."""
+    del bandwidth
+    note = (
+        "Kernels alone, in us, on pages of so many positions in random order. FlashInfer reads the "
+        f"same pages, in a replayed CUDA graph. Goals: at most {PAGES_GOAL} times the call on the "
+        "dense cache, and FlashInfer's speed."
+    )
+    header = ("case", "page", "dense", "ours", "times dense", "FlashInfer", "of FlashInfer", "goal")
+    rows = (row for case in cases for row in _pages(case))
+    return Table("Pages in random order", note, header, shown(rows))
 
 
-def paged(page: int, arrays: Arrays) -> Arrays:
-    """The cache in pages, in random order."""
-    key = arrays["key"]
-    B, W = key.shape[0], key.shape[1] // page
-    table = jax.random.permutation(jax.random.key(1), B * W).astype(jnp.int32)
-    # Page table[i] of the pool is page i of the cache.
-    of_page = jnp.argsort(table)
-    pools = {
-        name: x.reshape(B * W, page, *x.shape[2:])[of_page]
-        for name, x in arrays.items()
-        if name.startswith(("key", "value"))
-    }
-    return arrays | pools | {"page_table": table.reshape(B, W)}
+def _pages(case: Case) -> Iterator[Row]:
+    arrays = dense_arrays(case)
+    dense = Call.of(our_call(case), arrays)
+    base = dense.timing.attention
+    for page in PAGES:
+        paged = in_pages(arrays, page, shuffled=True)
+        call = Call.of(our_call(case), paged)
+        # The same sums, which may be cut differently; both round to bfloat16.
+        check_close(case, call.out, dense.out, 2e-2)
+        alone, flashinfer = call.timing.attention, flashinfer_seconds(case, paged, dense.out)
+        goal = alone <= PAGES_GOAL * base and (flashinfer is None or alone <= flashinfer)
+        yield (
+            *(name(case), str(page), us(base), us(alone), f"{alone / base:.2f}"),
+            *(*beside(alone, flashinfer), met(goal)),
+        )
 
 
-def quantised(dtype: str, arrays: Arrays) -> Arrays:
-    """The cache in a narrow dtype, with a scale for each token and head."""
+def _quantised(arrays: Arrays, dtype: str, scales: str) -> Arrays:
+    """The operands with a narrow cache; scales of a "head" [Hkv] or a "position" [B, S, Hkv]."""
     changed = dict(arrays)
-    for name in ("key", "value"):
-        changed[name], changed[f"{name}_scale"] = quantize_cache(arrays[name], dtype)
+    for part in ("key", "value"):
+        x = arrays[part]
+        if scales == "head":
+            by_head = jnp.moveaxis(x, 2, 0)
+            values, scale = quantize_cache(by_head.reshape(x.shape[2], -1), dtype)
+            values = jnp.moveaxis(values.reshape(by_head.shape), 0, 2)
+        else:
+            values, scale = quantize_cache(x, dtype)
+        changed |= {part: values, f"{part}_scale": scale}
     return changed
 
 
-def name_of(case: Case) -> str:
-    """A case's sizes."""
-    return f"B{case.B} S{case.S} {case.Hq}/{case.Hkv}/{case.D} {case.windows}"
+def _widened(arrays: Arrays) -> Arrays:
+    """The operands with the bfloat16 cache that a quantised one stands for."""
+    cache = {
+        x: (arrays[x].astype(jnp.float32) * arrays[f"{x}_scale"][..., None]).astype(jnp.bfloat16)
+        for x in ("key", "value")
+    }
+    return {x: arrays[x] for x in ("query", "lengths")} | cache
 
 
-# Forms by their headings, each with the largest difference that its output may have. Outputs in
-# bfloat16 are of size 1; int8 and float8 round values to 7 and 4 bits.
-Forms = dict[str, tuple[Callable[[Arrays], Arrays], float]]
-TABLES: dict[str, Forms] = {
-    "pages": {f"pages of {page}": (functools.partial(paged, page), 2e-2) for page in PAGES},
-    "quantised": {
-        "int8": (functools.partial(quantised, "int8"), 6e-2),
-        "int8, pages of 16": (lambda x: paged(16, quantised("int8", x)), 6e-2),
-        "float8_e4m3fn": (functools.partial(quantised, "float8_e4m3fn"), 0.25),
-    },
-}
+def quantised(cases: Sequence[Case], bandwidth: float) -> Table:
+    """Decode on quantised caches beside bfloat16 and, where it is installed, FlashInfer."""
+    del bandwidth
+    goals = " or ".join(f"{goal} ({Hq}/{Hkv} heads)" for (Hq, Hkv), goal in QUANTISED_GOALS.items())
+    note = (
+        "Kernels alone, in us, with one scale for each head, or for each position of a head. "
+        f"FlashInfer reads the cache in pages of {PEER_PAGE} in order and without scales, in a "
+        f"replayed CUDA graph. Goals: at most {goals} of the time of the call on the bfloat16 "
+        "cache."
+    )
+    header = (
+        *("case", "cache", "a scale for each", "bfloat16", "ours", "times bfloat16", "at most"),
+        *("FlashInfer", "of FlashInfer", "goal"),
+    )
+    rows = (row for case in cases for row in _quantised_rows(case))
+    return Table("Quantised caches", note, header, shown(rows))
 
 
-def print_forms(forms: Forms, cases: Iterable[Case]) -> None:
-    """Prints a table."""
-    rows = []
-    for case in cases:
-        dense = Timed.of(case)
-        cells = [dense.form(*form) for form in forms.values()]
-        rows.append((name_of(case), f"{dense.seconds * 1e6:.1f}", *cells))
-        print(*rows[-1], flush=True)
-    print("\nKernels alone, us (and times those of the dense bfloat16 call)\n")
-    print_table(("case", "dense", *forms), rows)
+def _quantised_rows(case: Case) -> Iterator[Row]:
+    arrays = dense_arrays(case)
+    wide = Call.of(our_call(case), arrays)
+    base, most = wide.timing.attention, QUANTISED_GOALS[case.Hq, case.Hkv]
+    quantise = jax.jit(_quantised, static_argnames=("dtype", "scales"))
+    for dtype in ("int8", "float8_e4m3fn"):
+        for scales in ("head", "position"):
+            narrow = quantise(arrays, dtype=dtype, scales=scales)
+            call = Call.of(our_call(case), narrow)
+            # The same numbers; one side rounds them to bfloat16 after the scales, one before.
+            check_close(case, call.out, wide.run(jax.jit(_widened)(narrow)), 4e-2)
+            alone, flashinfer = call.timing.attention, None
+            # FlashInfer reads no int8, and takes no scales but one for all heads.
+            if dtype != "int8" and scales == "head":
+                flashinfer = _flashinfer(case, arrays, dtype, wide)
+            yield (
+                *(name(case), dtype, scales, us(base), us(alone), f"{alone / base:.2f}"),
+                *(f"{most}", *beside(alone, flashinfer), met(alone <= most * base)),
+            )
 
 
-def main() -> None:
-    """Prints the tables that the command line names, or all."""
-    tables = [name for name in sys.argv[1:] if name in TABLES] or list(TABLES)
-    cases = [CASES[int(i)] for i in sys.argv[1:] if i not in TABLES] or CASES
-    print(versions())
-    for name in tables:
-        print_forms(TABLES[name], cases)
-
-
-if __name__ == "__main__":
-    main()
+def _flashinfer(case: Case, arrays: Arrays, dtype: str, wide: Call) -> float | None:
+    """FlashInfer's time on the cache rounded to dtype, without scales."""
+    rounded = {x: arrays[x].astype(dtype) for x in ("key", "value")}
+    pages = in_pages(arrays | rounded, PEER_PAGE, shuffled=False)
+    same = {x: y.astype(jnp.bfloat16) for x, y in rounded.items()}
+    return flashinfer_seconds(case, pages, wide.run(arrays | same))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_tables import Table
+from benchmarks.gpu_table import Table
 from benchmarks.measure import table_lines
 
 _DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -13,8 +13,6 @@ import numpy as np
 from benchmarks.measure import Candidate, Problem, compiled
 
 CALLS = 200
-# Positions of a page of FlashInfer's cache.
-PAGE = 16
 
 
 def cudnn_decode(q: Any, k: Any, v: Any, lengths: Any, scale: float) -> Any:
@@ -111,35 +109,59 @@ def flashinfer_version() -> str | None:
     return importlib.metadata.version("flashinfer-python")
 
 
-def flashinfer_decode(problem: Problem) -> Candidate:
-    """FlashInfer's paged decode as a CUDA graph, its pages in order, planned before it is timed."""
+def flashinfer_decode(
+    query: jax.Array,
+    pools: tuple[jax.Array, jax.Array],
+    page_table: jax.Array,
+    lengths: jax.Array,
+    scale: float,
+) -> Candidate:
+    """FlashInfer's paged decode as a CUDA graph, planned before it is timed.
+
+    Args:
+      query: [B, Hq, D], bfloat16.
+      pools: pages of keys and of values [P, T, Hkv, D], bfloat16 or an 8-bit float without scale.
+      page_table: the pages of each row [B, W].
+      lengths: the ends of the windows [B], 1 or more.
+      scale: the factor of the logits.
+
+    Returns:
+      The candidate; its output is [B, 1, Hq, D].
+    """
     torch: Any = importlib.import_module("torch")
     flashinfer: Any = importlib.import_module("flashinfer")
-    case = problem.case
-    query, key, value = (torch.from_dlpack(x) for x in (problem.query, problem.key, problem.value))
-    pages = case.S // PAGE
-    pools = tuple(x.reshape(case.B * pages, PAGE, case.Hkv, case.D) for x in (key, value))
-    lengths = case.lengths()
-    counts = -(-lengths // PAGE)
-    rows = np.repeat(np.arange(case.B) * pages, counts)
-    offsets = np.concatenate([np.arange(n) for n in counts])
+    page, Hkv, D = pools[0].shape[1:]
+    ends, table = np.asarray(lengths), np.asarray(page_table)
+    counts = -(-ends // page)
+    pages = np.concatenate([row[:n] for row, n in zip(table, counts, strict=True)])
+    q, k, v = (_to_torch(x) for x in (query, *pools))
 
     def int32(x: Any) -> Any:
-        return torch.tensor(np.asarray(x, np.int32), device="cuda")
+        return torch.tensor(np.asarray(x, np.int32), device=q.device)
 
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=q.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     wrapper.plan(
         int32(np.concatenate([[0], np.cumsum(counts)])),
-        int32(rows + offsets),
-        int32(lengths - (counts - 1) * PAGE),
-        case.Hq,
-        case.Hkv,
-        case.D,
-        PAGE,
-        sm_scale=problem.scale,
-        q_data_type=torch.bfloat16,
-        kv_data_type=torch.bfloat16,
+        int32(pages),
+        int32(ends - (counts - 1) * page),
+        query.shape[1],
+        Hkv,
+        D,
+        page,
+        sm_scale=scale,
+        q_data_type=q.dtype,
+        kv_data_type=k.dtype,
     )
     # `_graphed` swaps heads and queries of [B, Hq, 1, D].
-    return _graphed(lambda: wrapper.run(query, pools)[:, :, None])
+    return _graphed(lambda: wrapper.run(q, (k, v))[:, :, None])
+
+
+def _to_torch(x: jax.Array) -> Any:
+    """The same array in torch."""
+    torch: Any = importlib.import_module("torch")
+    if x.dtype.itemsize > 1:
+        return torch.from_dlpack(x)
+    # Older versions of torch know no 8-bit floats in DLPack.
+    octets = jax.lax.bitcast_convert_type(x, jnp.uint8)
+    return torch.from_dlpack(octets).view(getattr(torch, x.dtype.name))

@@ -82,14 +82,19 @@ class Timing:
         return self.attention + self.around
 
 
-def in_loop(body: Callable[..., Any], operands: tuple[Any, ...], calls: int) -> Timing:
-    """Times calls of body in a compiled loop; it maps the last operand to its successor."""
+def looped(body: Callable[..., Any], operands: tuple[Any, ...], calls: int) -> Any:
+    """Compiles so many calls of body in a loop; it maps the last operand to its successor."""
 
     def loop(*operands: Any) -> Any:
         step = functools.partial(body, *operands[:-1])
         return jax.lax.fori_loop(0, calls, lambda _, x: step(x), operands[-1])
 
-    program = jax.jit(loop).lower(*operands).compile()
+    return jax.jit(loop).lower(*operands).compile()
+
+
+def in_loop(body: Callable[..., Any], operands: tuple[Any, ...], calls: int) -> Timing:
+    """Times calls of body in a compiled loop, as `looped` makes it."""
+    program = looped(body, operands, calls)
     return Timing.of(functools.partial(program, *operands), calls)
 
 
