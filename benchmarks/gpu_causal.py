@@ -132,4 +132,4 @@ def _gradient(case: Case) -> Row:
         for cell in (us(t.kernels), us(t.call), f"{work / t.call / 1e12:.0f}")
     ]
     goal = met(speed >= GRADIENT_GOAL and memory <= TEMPORARIES_GOAL)
-    return name(case), *cells, f"{speed:.2f}", *(str(n) for n in sizes.values()), goal
+    return name(case), *cells, f"{speed:.2f}", *(f"{n / 1e6:.0f} MB" for n in sizes.values()), goal
