@@ -20,6 +20,7 @@ needs.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -222,48 +223,66 @@ class Form:
           pages: the page of each piece.
         """
         full = refs[f"{name}_full"].at[slot]
-        scaled = self.stored(name).scale == "position"
-        for i, page in enumerate(pages):
-            rows = pl.ds(i * place.piece, place.piece)
-            at = first + i * place.piece
+        T = len(pages) * place.piece
 
-            def copy(rows: Any = rows, at: Any = at, page: Any = page) -> None:
-                source = self._source(refs[name], place, at, page)
-                plgpu.copy_gmem_to_smem(source, refs[f"{name}_blocks"].at[slot, rows], full)
-                if scaled:
-                    source = self._scale_source(refs[f"{name}_scale"], place, at, page)
-                    plgpu.copy_gmem_to_smem(source, refs[f"{name}_scales"].at[slot, rows], full)
+        def copy(offset: int, size: int, page: Any) -> None:
+            """Copies positions of one page, from an offset in the block on."""
+            rows, at = pl.ds(offset, size), first + offset
+            source = self._source(refs[name], place, at, page, size)
+            block = refs[f"{name}_blocks"].at[slot, rows]
+            plgpu.copy_gmem_to_smem(source, block, full)
+            if self.stored(name).scale == "position":
+                source = self._scale_source(refs[f"{name}_scale"], place, at, page, size)
+                plgpu.copy_gmem_to_smem(source, refs[f"{name}_scales"].at[slot, rows], full)
 
-            def skip() -> None:
-                for _ in range(self.arrivals(name, 1)):
-                    plgpu.barrier_arrive(full)
+        def arrive(pieces: int) -> None:
+            for _ in range(self.arrivals(name, pieces)):
+                plgpu.barrier_arrive(full)
 
-            if i == 0:
-                copy()
-            else:
-                lax.cond(at < place.end, copy, skip)
+        def copy_pieces() -> None:
+            for i, page in enumerate(pages):
+                offset = i * place.piece
+                piece = functools.partial(copy, offset, place.piece, page)
+                if i == 0:
+                    piece()
+                else:
+                    lax.cond(first + offset < place.end, piece, functools.partial(arrive, 1))
 
-    def _scale_source(self, ref: Any, place: "Place", at: Any, page: Any) -> Any:
-        """The scales of the piece at a position, [piece, 8], in global memory."""
+        def copy_whole() -> None:
+            copy(0, T, pages[0])
+            arrive(len(pages) - 1)
+
+        # An operation of the copy engine takes time of its own.
+        whole = first + T <= place.end
+        if self.paged and self.page_size:
+            offset = lax.rem(first - place.row * self.stride, jnp.int32(self.page_size))
+            whole &= offset + T <= self.page_size
+        if len(pages) == 1 or (self.paged and T > (self.page_size or T)):
+            copy_pieces()
+        else:
+            lax.cond(whole, copy_whole, copy_pieces)
+
+    def _scale_source(self, ref: Any, place: "Place", at: Any, page: Any, size: int) -> Any:
+        """The scales of positions of one page, [size, 8], in global memory."""
         if self.paged:
             at = page * self.page_size + lax.rem(
                 at - place.row * self.stride, jnp.int32(self.page_size)
             )
         heads = lax.div(place.head, SCALED_HEADS) * SCALED_HEADS
-        positions = pl.ds(pl.multiple_of(at, _ROWS), place.piece)
+        positions = pl.ds(pl.multiple_of(at, _ROWS), size)
         return ref.at[positions, pl.ds(pl.multiple_of(heads, SCALED_HEADS), SCALED_HEADS)]
 
-    def _source(self, ref: Any, place: "Place", at: Any, page: Any) -> Any:
-        """The piece of key or value at a position, [piece, D], in global memory."""
+    def _source(self, ref: Any, place: "Place", at: Any, page: Any, size: int) -> Any:
+        """Positions of one page of key or value, [size, D], in global memory."""
         if self.page_size is None:
-            return ref.at[pl.ds(pl.multiple_of(at, _ROWS), place.piece), place.head]
+            return ref.at[pl.ds(pl.multiple_of(at, _ROWS), size), place.head]
         offset = at - place.row * self.stride
         if self.paged:
             offset = lax.rem(offset, jnp.int32(self.page_size))
         if self.heads_first:
-            return ref.at[page, place.head, pl.ds(pl.multiple_of(offset, _ROWS), place.piece)]
+            return ref.at[page, place.head, pl.ds(pl.multiple_of(offset, _ROWS), size)]
         first = pl.multiple_of(page * self.page_size + offset, _ROWS)
-        return ref.at[pl.ds(first, place.piece), place.head]
+        return ref.at[pl.ds(first, size), place.head]
 
 
 def _ceil(x: int, multiple: int) -> int:
