@@ -5,6 +5,7 @@ generation of TPU in it. `--full` adds the tests marked `full`: the matrices, an
 take long for the little that they add.
 """
 
+import functools
 import itertools
 import os
 import shutil
@@ -115,10 +116,17 @@ def x64() -> Iterator[None]:
 @pytest.fixture
 def products_of_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces matrix products of an operand in registers, which JAX's GPU interpreter lacks."""
-    from jax_ragged.lowering.gpu import attend, teams  # Pallas, for the tests that need it
+    from jax_ragged.lowering.gpu import teams, tile  # Pallas, for the tests that need it
 
-    def product(p: jax.Array, values_ref: Any) -> jax.Array:
-        return jnp.dot(p.astype(jnp.float32), values_ref[...].astype("float32"))
+    def product(a: Any, b: Any) -> jax.Array:
+        return jnp.dot(*(x[...].astype("float32") for x in (a, b)))
 
-    monkeypatch.setattr(attend, "_product", product)
-    monkeypatch.setattr(teams, "_add_product", lambda total, p, ref: total + product(p, ref))
+    def add_product(total: jax.Array, p: jax.Array, ref: Any) -> jax.Array:
+        return total + product(p, ref)
+
+    def products(_: Any, *terms: Any, meanwhile: Any = lambda: None) -> tuple[jax.Array, Any]:
+        total = functools.reduce(jnp.add, (product(*x) for x in terms))
+        return total, meanwhile()
+
+    monkeypatch.setattr(tile, "product", products)
+    monkeypatch.setattr(teams, "_add_product", add_product)

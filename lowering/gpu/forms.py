@@ -32,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering.cache import positions, positions_axis
 from jax_ragged.lowering.contract import Operands, Residuals
-from jax_ragged.lowering.gpu.launch import Refs, padded
+from jax_ragged.lowering.gpu.launch import Refs, overhanging, padded, swizzle_columns
 from jax_ragged.lowering.params import RaggedAttentionParams
 
 # The copy engine moves whole swizzle tiles: positions start at a multiple of this many.
@@ -124,14 +124,6 @@ class Form:
             columns * (stored.narrow.itemsize if stored.narrow else itemsize)
             + (4 * SCALED_HEADS if stored.scale == "position" else 0)
             for stored, columns in ((self.key, D), (self.value, Dv))
-        )
-
-    def widened_bytes(self, D: int, Dv: int, itemsize: int) -> int:
-        """Bytes of shared memory for a position of a quantised block when it is widened."""
-        return sum(
-            columns * itemsize + (4 if stored.scale == "position" else 0)
-            for stored, columns in ((self.key, D), (self.value, Dv))
-            if stored.narrow is not None
         )
 
     def joins(self, B: int) -> int:
@@ -230,6 +222,10 @@ class Form:
             rows, at = pl.ds(offset, size), first + offset
             source = self._source(refs[name], place, at, page, size)
             block = refs[f"{name}_blocks"].at[slot, rows]
+            columns, D = block.shape[1], source.shape[1]
+            if columns > D:
+                unit = swizzle_columns(D, refs[name].dtype)
+                source = source.at[:, overhanging(0, columns, unit, place.head)]
             plgpu.copy_gmem_to_smem(source, block, full)
             if self.stored(name).scale == "position":
                 source = self._scale_source(refs[f"{name}_scale"], place, at, page, size)

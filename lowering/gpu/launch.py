@@ -107,6 +107,21 @@ def shared_rows(shape: tuple[int, ...], dtype: Any, like: int | None = None) -> 
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
+def overhanging(start: int, size: int, unit: int, index: Any) -> Any:
+    """A slice of an array in global memory that may end beyond the array.
+
+    The copy engine fills up with zeros what it reads beyond an array, and writes nothing there. The
+    compiler is not to know where the slice starts, or it refuses.
+
+    Args:
+      start: of the slice, in the array.
+      size: of the slice.
+      unit: of which the start and the array's size are multiples.
+      index: any value that is not negative.
+    """
+    return pl.ds(pl.multiple_of(start + jax.numpy.minimum(index, 0), unit), size)
+
+
 @functools.cache
 def swizzle_columns(columns: int, dtype: Any) -> int:
     """How many columns are permuted together, for rows of so many columns."""

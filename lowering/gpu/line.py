@@ -1,7 +1,7 @@
 """The schedule for few queries: the cache is one line of blocks, cut in parts of equal length.
 
-A tile is up to 64 rows of logits: the queries and query heads (q, g) that share a KV head, padded
-to the 64 rows of a matrix product. Its window is the hull of its queries' windows, cut into
+A tile is up to 64 rows of logits: the queries and query heads (q, g) that share a KV head. `down`
+and `across` compute it. Its window is the hull of its queries' windows, cut into
 blocks of T positions. The blocks of all rows of the cache follow one another in one line, which
 is cut in parts of equal length: so few long rows fill the chip, and many short ones are balanced.
 

@@ -25,6 +25,10 @@ MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
 # Of shared memory, for the tables, if they fit.
 _TABLES_BYTES = 16 * 1024
+# Rows of a tile whose logits stand across.
+_FEW_ROWS = 16
+# Results that a stream copies out at once, if a tile has more than 64 columns.
+_STAGED = 4 * 1024
 # Bytes of keys and values that a stream has in flight. More make it slower: 16 rows of S = 16384
 # with 16/1 heads take 25.2 us with 128 KiB, 23.9 with 64.
 _IN_FLIGHT = 64 * 1024
@@ -41,7 +45,6 @@ class Plan:
     Attributes:
       form: how the cache lies in memory.
       T: positions in a block.
-      pieces: pieces in which a chunk of results is copied out. More save shared memory.
       streams: streams of a CTA.
       stages: blocks of keys and of values that a stream has in flight.
       parts: parts of the line of blocks.
@@ -58,7 +61,6 @@ class Plan:
     params: RaggedAttentionParams
     form: Form
     T: int
-    pieces: int
     streams: int
     stages: int
     parts: int
@@ -146,9 +148,26 @@ class Plan:
         return size <= _TABLES_BYTES and self.lines <= 8
 
     @property
+    def positions_down(self) -> bool:
+        """Whether a tile's logits have the positions down and the rows across: see `down`."""
+        return positions_down(self.form, self.tile_rows)
+
+    @property
+    def padded_rows(self) -> int:
+        """The rows of a tile in shared memory: where they are those of a matrix product, 64."""
+        return self.tile_rows if self.positions_down else WGMMA_ROWS
+
+    @property
+    def value_columns(self) -> int:
+        """Columns of a block of values in shared memory, which matrix products take whole."""
+        return ceil_to(self.Dv, WGMMA_ROWS) if self.positions_down else self.Dv
+
+    @property
     def chunk(self) -> int:
-        """Columns of the accumulator that one matrix product makes."""
-        return chunk(self.Dv, self.dtype)
+        """Columns of values whose weighted sum one matrix product makes."""
+        if not self.positions_down:
+            return chunk(self.Dv, self.dtype)
+        return _CHUNK if self.value_columns % _CHUNK == 0 else WGMMA_ROWS
 
     @property
     def narrow_out(self) -> bool:
@@ -156,14 +175,33 @@ class Plan:
         return bool(self.out_dtype.itemsize == 2)
 
     @property
-    def out_columns(self) -> int:
-        """Columns of results that are copied out at once."""
-        return self.chunk // self.pieces
+    def staged(self) -> int:
+        """Columns of results that are copied out at once: all, or as many as have room."""
+        if self.positions_down and self.value_columns * self.tile_rows <= _STAGED:
+            return self.value_columns
+        if self.positions_down:
+            return WGMMA_ROWS
+        half = self.chunk // 2
+        return half if half % 16 == 0 else self.chunk
 
     @property
-    def sum_columns(self) -> int:
-        """Columns of partial results that are copied out at once: as many bytes, in float32."""
-        return self.out_columns // 2 if self.narrow_out else self.out_columns
+    def staged_unit(self) -> int:
+        """Columns of which the staged ones and all results are multiples."""
+        return math.gcd(self.Dv, self.staged)
+
+    def stages_of(self, streams: int) -> int:
+        """The blocks of keys and values that fit into the shared memory of one of so many streams.
+
+        Beside them it has a query, results of 16 and of 32 bits, and where positions are down
+        logits and weights.
+        """
+        itemsize: int = self.dtype.itemsize
+        of_row = self.D * itemsize + self.staged * 6
+        if self.positions_down:
+            of_row += WGMMA_ROWS * 4 + self.T * itemsize
+        left = (SHARED_MEMORY - _TABLES_BYTES - 8 * 1024) // streams - self.padded_rows * of_row
+        block = self.T * self.form.position_bytes(self.D, self.value_columns, itemsize)
+        return min(left // block, max(2, _IN_FLIGHT // block))
 
     @property
     def query_step(self) -> int:
@@ -178,44 +216,46 @@ def chunk(columns: int, dtype: Any) -> int:
     return next(size for size in sizes if size <= _CHUNK)
 
 
+def positions_down(form: Form, tile_rows: int) -> bool:
+    """Whether the logits of tiles of so many rows have the positions down: see `down`.
+
+    Quantised blocks are always computed so. Others of many rows take longer: all in us on an H200,
+    B16 S8192 32/8/128 with 8 queries, 32 rows, 82.8 for 74.5, and with 16 queries 160.9 for 83.9.
+    """
+    return form.narrow or tile_rows <= _FEW_ROWS
+
+
 def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any) -> Plan:
     """Returns the plan of a call."""
     query, key, value = operands[:3]
     B, Q, Hq, D = query.shape
     Hkv, Dv = key.shape[heads_axis(params)], value.shape[3]
-    T = 64
     columns = Hkv * -(-Q * (Hq // Hkv) // WGMMA_ROWS)
     form = Form.of(operands, params)
-    itemsize = jnp.dtype(query.dtype).itemsize
-    result_columns = chunk(Dv, query.dtype)
-
-    def stages(streams: int, pieces: int) -> int:
-        """The blocks of keys and values that fit into a stream's shared memory."""
-        left = (SHARED_MEMORY - _TABLES_BYTES - 4 * 1024) // streams
-        # A query, and 32 bits for each column of a piece: half of them for partial results.
-        left -= WGMMA_ROWS * (D * itemsize + result_columns // pieces * 4)
-        left -= T * form.widened_bytes(D, Dv, itemsize)
-        block = T * form.position_bytes(D, Dv, itemsize)
-        return min(left // block, max(2, _IN_FLIGHT // block))
-
-    # Several pieces wait for one another; they are worth it for a second block in flight.
-    most = (1, 2, 4) if form.narrow else (1, 2)
-    possible = [n for n in most if result_columns % (16 * n) == 0]
-    # Two streams hide each other's latencies, if registers hold their sums and each has room for a
-    # block, but they make twice the parts. With many short segments that is worth it, and with
-    # small heads: their logits take as long as the copies (B32 S8192 with 64/8/64 heads: 75 us for
-    # 104 on an H200). So do quantised blocks, which are widened first (B16 S8192 with 32/8/128
-    # heads in int8: 91 us for 122).
-    short = columns > 4 and B * columns >= 4 * MULTIPROCESSORS
-    wanted = Dv <= _CHUNK and (short or D + Dv <= _CHUNK or form.narrow)
-    streams = 2 if wanted and stages(2, possible[-1]) > 0 else 1
-    enough = min(2, stages(streams, possible[-1]))
-    pieces = next(n for n in possible if stages(streams, n) >= enough)
-    return Plan(
+    tile_rows = min(ceil_to(Q * (Hq // Hkv), SWIZZLE_ROWS), WGMMA_ROWS)
+    few = tile_rows <= _FEW_ROWS
+    small = D + Dv <= _CHUNK
+    # Blocks of 128 positions save time between products where a block has few bytes, if registers
+    # hold the logits: all in us on an H200, 54.1 for 58.5 with B16 S8192 32/8/128 in int8, and 73.4
+    # for 75.1 with B32 S8192 64/8/64.
+    long = few and Dv <= _CHUNK and (small or form.narrow)
+    plan = Plan(
         B, Q, Hq, Hkv, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
-        form, T, pieces, streams, stages(streams, pieces),
-        _parts(columns, streams * MULTIPROCESSORS),
+        form, T=params.block_size or (128 if long else 64), streams=1, stages=1, parts=1,
     )  # fmt: skip
+    # Two streams hide each other's latencies, if each has room for a block, but they make twice the
+    # parts. With many short segments that is worth it, with small heads, and with quantised blocks,
+    # which are widened first: B128 S2048 32/8/128 with an eighth of the positions 26.5 us for 29.1,
+    # B32 S8192 64/8/64 73.4 for 88.2.
+    short = columns > 4 and B * columns >= 4 * MULTIPROCESSORS
+    wanted = Dv <= _CHUNK and (short or small or form.narrow)
+    streams = 2 if wanted and plan.stages_of(2) > 0 else 1
+    return dataclasses.replace(
+        plan,
+        streams=streams,
+        stages=plan.stages_of(streams),
+        parts=_parts(columns, streams * MULTIPROCESSORS),
+    )
 
 
 def _parts(columns: int, streams: int) -> int:

@@ -63,23 +63,26 @@ def down_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def logits(params: RaggedAttentionParams, dots: jax.Array, unit: Any = None) -> jax.Array:
-    """Computes logits in units of log 2 from products <q, k> [rows, T].
+def logits(
+    params: RaggedAttentionParams, dots: jax.Array, unit: Any = None, axis: int = 1
+) -> jax.Array:
+    """Computes logits in units of log 2 from products <q, k>, whose positions lie along an axis.
 
     `unit` is the scale of quantised keys, a number or one for each position [T]; or None.
     """
     if params.logits_soft_cap is None:
-        return _in_units(dots, unit, params.softmax_scale * LOG2_E)
-    return capped(params.logits_soft_cap, cap_remainder(params, _in_units(dots, unit, 1.0)))
+        return _in_units(dots, unit, params.softmax_scale * LOG2_E, axis)
+    products = _in_units(dots, unit, 1.0, axis)
+    return capped(params.logits_soft_cap, cap_remainder(params, products))
 
 
-def _in_units(dots: jax.Array, unit: Any, factor: float) -> jax.Array:
-    """Multiplies products [rows, T] by a factor, and by the keys' unit as `logits` has it."""
+def _in_units(dots: jax.Array, unit: Any, factor: float, axis: int) -> jax.Array:
+    """Multiplies products by a factor, and by the keys' unit as `logits` has it."""
     if unit is None:
         return dots * factor
     units = unit * factor
     if units.ndim == 1:
-        units = lax.broadcast_in_dim(units, dots.shape, [1])
+        units = lax.broadcast_in_dim(units, dots.shape, [axis])
     product: jax.Array = dots * units
     return product
 

@@ -1,0 +1,237 @@
+"""A tile of few rows: its logits [T, tile_rows] have the positions down and the rows across.
+
+A matrix product has 64 rows of results, and this way they are positions, of which a block has 64 at
+least: no row is padding, and 8 columns are enough for the query heads of one query. Keys and values
+are the first factors of products, which may come from registers, so quantised ones are widened
+there:
+
+    keys [T, D] times queries [D, tile_rows]            products with each key
+    values.T [Dv, T] times weights [T, tile_rows]       the weighted sum of values, transposed
+
+Four warps share the positions of a column. They exchange logits in shared memory to find the
+maximum, and each sums the weights of its own positions.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_ragged.lowering._compat import mosaic_gpu_load
+from jax_ragged.lowering.gpu import tile
+from jax_ragged.lowering.gpu.forms import SCALED_HEADS
+from jax_ragged.lowering.gpu.launch import Refs, shared_rows
+from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, Plan, chunk
+from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, down_rows, logits
+from jax_ragged.lowering.gpu.tile import BlockPlace, State, Windows, windows_around
+
+# As `TILE`, but each pair of neighbouring rows' elements is in one register, for stores of 16 bits
+# to the transpose.
+_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+# Every warp has all rows of a tile; each thread the columns that it has in `TILE`.
+_IN_EVERY_WARP = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 8), (2,))),
+    warp_dims=(plgpu.Replicated(4),),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+# Registers of a value for each row of logits.
+ROW_VALUES = COLUMNS
+
+
+def initial_state(plan: Plan) -> State:
+    """The state before the first block.
+
+    Sums are [chunk, tile_rows] each, the maximum [tile_rows], and denominators [64, tile_rows]: the
+    sums over every 64th position.
+    """
+
+    def zeros(rows: int) -> jax.Array:
+        x: jax.Array = plgpu.layout_cast(jnp.zeros((rows, plan.tile_rows), jnp.float32), TILE)
+        return x
+
+    maximum = plgpu.layout_cast(jnp.full((plan.tile_rows,), -jnp.inf, jnp.float32), COLUMNS)
+    sums = (zeros(plan.chunk),) * (plan.value_columns // plan.chunk)
+    return State(sums, maximum, zeros(WGMMA_ROWS))
+
+
+def block(
+    plan: Plan, refs: Refs, windows: Windows, place: BlockPlace, key_unit: Any, state: State
+) -> State:
+    """Takes one block into the state: a step of the streaming softmax, see `softmax`."""
+    stream, slot, first = place.stream, place.slot, place.first
+    edge = (first < windows.inner_low) | (first + plan.T > windows.inner_high)
+
+    plgpu.barrier_wait(refs.key_full.at[slot])
+    early = plan.form.value.narrow is not None
+    values = functools.partial(_values, plan, refs, windows, place, edge)
+    products, x = _key_products(plan, refs, place, values if early else lambda: None)
+    if plan.form.key.scale == "position":
+        key_unit = _own_scales(plan, refs, "key", place)
+    plgpu.barrier_arrive(refs.key_free.at[slot])
+    pl.when(place.last)(lambda: plgpu.barrier_arrive(refs.query_free.at[stream]))
+
+    z = logits(plan.params, products, key_unit, axis=0)
+    z = lax.cond(edge, functools.partial(_masked, windows, first), lambda z: z, z)
+    maximum = jnp.maximum(state.maximum, _over_positions(refs, stream, z, jnp.max))
+    shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+    correction = jnp.exp2(state.maximum - shift)
+    p = jnp.exp2(z - _along_rows(shift, z.shape))
+    denominators = state.denominators * _along_rows(correction, state.denominators.shape)
+    for i in range(0, plan.T, WGMMA_ROWS):
+        denominators += p[i : i + WGMMA_ROWS]
+
+    chunks = x if early else values()
+    if plan.form.value.scale == "position":
+        unit = _own_scales(plan, refs, "value", place)
+        unit = lax.cond(edge, functools.partial(_zeroed, plan, windows, first), lambda x: x, unit)
+        p *= down_rows(unit, p.shape)
+    weights = refs.weights.at[stream]
+    weights.transpose((1, 0))[...] = plgpu.layout_cast(p.astype(plan.dtype), _TRANSPOSED)
+    if plan.form.value.narrow is None:
+        pl.when(edge)(functools.partial(tile.zero_outside, plan, refs, windows, slot, first))
+    plgpu.commit_smem()
+    shape = (plan.chunk, plan.tile_rows)
+    sums = tuple(
+        x * _along_rows(correction, shape) + tile.product(shape, (y, weights.transpose((1, 0))))[0]
+        for x, y in zip(state.sums, chunks, strict=True)
+    )
+    plgpu.barrier_arrive(refs.value_free.at[slot])
+    return State(sums, maximum, denominators)
+
+
+def _along_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeats a value for each column [columns] along the rows of a tile [rows, columns]."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def _over_positions(
+    refs: Refs, stream: Any, x: jax.Array, reduction: Callable[..., jax.Array]
+) -> jax.Array:
+    """Reduces a tile [multiple of 64, tile_rows] over its rows, which are in four warps.
+
+    The warps exchange their parts in shared memory.
+    """
+    tiles = [x[i : i + WGMMA_ROWS] for i in range(0, x.shape[0], WGMMA_ROWS)]
+    combine = jnp.maximum if reduction is jnp.max else jnp.add
+    refs.exchange[stream] = functools.reduce(combine, tiles)
+    everything = mosaic_gpu_load(refs.exchange.at[stream], layout=_IN_EVERY_WARP, optimized=False)
+    return reduction(everything, axis=0)
+
+
+def _masked(windows: Windows, first: Any, z: jax.Array) -> jax.Array:
+    """Replaces the logits [T, tile_rows] that lie outside of the rows' windows by -inf."""
+    position = first + plgpu.broadcasted_iota(jnp.int32, z.shape, 0, layout=TILE)
+    low, high = windows.low, windows.high
+    if jnp.ndim(low) == 1:
+        low, high = _along_rows(low, z.shape), _along_rows(high, z.shape)
+    return jnp.where((position >= low) & (position < high), z, -jnp.inf)
+
+
+def _wide(plan: Plan, x: jax.Array) -> jax.Array:
+    """Quantised values in the dtype of query."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.float32)  # the hardware has no conversion to bfloat16
+    return x.astype(plan.dtype)
+
+
+def prepare(plan: Plan, refs: Refs, stream: Any) -> None:
+    """Queries are multiplied as they are."""
+
+
+def _key_products(
+    plan: Plan, refs: Refs, place: BlockPlace, meanwhile: Callable[[], Any]
+) -> tuple[jax.Array, Any]:
+    """Products <k, q> of a block's keys with the tile's queries, [T, tile_rows]."""
+    keys, query = refs.key_blocks.at[place.slot], refs.query_tiles.at[place.stream]
+    shape = (plan.T, plan.tile_rows)
+    narrow = plan.form.key.narrow
+    if narrow is None:
+        return tile.product(shape, (keys, query.transpose((1, 0))), meanwhile=meanwhile)
+    step = chunk(plan.D, narrow)
+    terms = []
+    for column in range(0, plan.D, step):
+        columns = pl.ds(column, step)
+        x = _wide(plan, mosaic_gpu_load(keys.at[:, columns], layout=TILE))
+        terms.append((x, query.at[:, columns].transpose((1, 0))))
+    return tile.product(shape, *terms, meanwhile=meanwhile)
+
+
+def _values(
+    plan: Plan, refs: Refs, windows: Windows, place: BlockPlace, edge: Any
+) -> tuple[Any, ...]:
+    """The values of a block, transposed, in chunks [chunk, T]: the first factors of products.
+
+    Quantised values are in registers, in the dtype of query; the others in shared memory.
+    """
+    narrow = plan.form.value.narrow
+    plgpu.barrier_wait(refs.value_full.at[place.slot])
+
+    def zeroed(x: jax.Array) -> jax.Array:
+        windows_there = windows_around(plan, windows, place.first, COLUMNS)
+        return jnp.where(_along_rows(windows_there, x.shape) > 0, x, jnp.zeros((), x.dtype))
+
+    chunks = []
+    for column in range(0, plan.value_columns, plan.chunk):
+        columns = pl.ds(column, plan.chunk)
+        x = refs.value_blocks.at[place.slot, :, columns].transpose((1, 0))
+        if narrow is not None:
+            x = plgpu.layout_cast(_wide(plan, mosaic_gpu_load(x, layout=_TRANSPOSED)), TILE)
+            if jnp.issubdtype(narrow, jnp.floating):
+                x = lax.cond(edge, zeroed, lambda x: x, x)
+        chunks.append(x)
+    return tuple(chunks)
+
+
+def _own_scales(plan: Plan, refs: Refs, name: str, place: BlockPlace) -> jax.Array:
+    """The scales of a block's positions of the stream's head, [T]: of [T, 8 heads] in memory."""
+    scales = mosaic_gpu_load(refs[f"{name}_scales"].at[place.slot], layout=TILE, optimized=False)
+    head = plgpu.broadcasted_iota(jnp.int32, scales.shape, 1, layout=TILE)
+    own = head == lax.rem(place.head, SCALED_HEADS)
+    return jnp.where(own, scales, 0.0).sum(axis=1)
+
+
+def stage(plan: Plan, staging: Any, sums: tuple[jax.Array, ...]) -> Iterator[tuple[int, Any]]:
+    """Writes sums [chunk, tile_rows] to shared memory [tile_rows, staged], transposed.
+
+    Yields the first column of what is there, and its ref, to be copied from there.
+    """
+    for column in range(0, plan.value_columns, plan.staged):
+        if column > 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for offset in range(0, plan.staged, WGMMA_ROWS):
+            number, row = divmod(column + offset, plan.chunk)
+            x = sums[number][row : row + WGMMA_ROWS].astype(staging.dtype)
+            part = staging.at[:, pl.ds(offset, WGMMA_ROWS)]
+            part.transpose((1, 0))[...] = plgpu.layout_cast(x, _TRANSPOSED)
+        plgpu.commit_smem()
+        yield column, staging
+
+
+def _zeroed(plan: Plan, windows: Windows, first: Any, unit: jax.Array) -> jax.Array:
+    """Zeros the scales [T] of positions that lie in no window: 0 * NaN is NaN."""
+    return jnp.where(windows_around(plan, windows, first, ROWS) > 0, unit, 0.0)
+
+
+def denominator(plan: Plan, refs: Refs, stream: Any, state: State) -> jax.Array:
+    """The denominator of each row, [tile_rows]."""
+    return _over_positions(refs, stream, state.denominators, jnp.sum)
+
+
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Multiplies sums [chunk, tile_rows] by a factor for each row of logits."""
+    return x * _along_rows(factor, x.shape)
+
+
+def scratch_types(plan: Plan) -> dict[str, Any]:
+    """The shared memory that only this way of computing needs."""
+    rows = plan.tile_rows
+    return {
+        "exchange": shared_rows((plan.streams, WGMMA_ROWS, rows), jnp.float32),
+        "weights": shared_rows((plan.streams, rows, plan.T), plan.dtype, like=plan.Dv),
+    }
