@@ -124,9 +124,11 @@ def products_of_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     def add_product(total: jax.Array, p: jax.Array, ref: Any) -> jax.Array:
         return total + product(p, ref)
 
-    def products(_: Any, *terms: Any, meanwhile: Any = lambda: None) -> tuple[jax.Array, Any]:
+    def products(
+        _: Any, *terms: Any, dtype: Any = jnp.float32, meanwhile: Any = lambda: None
+    ) -> tuple[jax.Array, Any]:
         total = functools.reduce(jnp.add, (product(*x) for x in terms))
-        return total, meanwhile()
+        return total.astype(dtype), meanwhile()
 
     monkeypatch.setattr(tile, "product", products)
     monkeypatch.setattr(teams, "_add_product", add_product)

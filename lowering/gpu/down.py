@@ -30,6 +30,8 @@ from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, Plan, chunk
 from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, down_rows, logits
 from jax_ragged.lowering.gpu.tile import BlockPlace, State, Windows, windows_around
 
+# A number of at most 2^22 is rounded by adding and subtracting this, whose unit is 1.
+_ROUNDING = 1.5 * 2.0**23
 # As `TILE`, but each pair of neighbouring rows' elements is in one register, for stores of 16 bits
 # to the transpose.
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -141,7 +143,34 @@ def _wide(plan: Plan, x: jax.Array) -> jax.Array:
 
 
 def prepare(plan: Plan, refs: Refs, stream: Any) -> None:
-    """Queries are multiplied as they are."""
+    """Splits a tile's queries into integers, if the units for integers multiply int8 keys.
+
+    They take the keys as they are. With s the power of two that is not smaller than any element of
+    a query, an element is
+
+        q = s 2^-20 (2^14 h + 2^7 m + l)    with integers h, m, l of -64 to 64
+
+    up to s 2^-21. Elements of at least s 2^-13 in bfloat16, or s 2^-10 in float16, are exact. So
+    are the sums of products.
+    """
+    if not plan.integer_products:
+        return
+    query = mosaic_gpu_load(refs.query_tiles.at[stream], layout=_IN_EVERY_WARP, optimized=False)
+    query = query.astype(jnp.float32)
+    largest = jnp.abs(query).max(axis=1)
+    bits = lax.bitcast_convert_type(largest, jnp.int32)
+    power = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+    # An infinity or NaN makes its row of logits NaN.
+    power = jnp.where(largest < jnp.inf, power, jnp.nan)
+    factor = 2.0**20 / jnp.where(largest == 0, 1.0, power)
+    rest = query * down_rows(factor, query.shape)
+    for i, unit in enumerate((2.0**14, 2.0**7, 1.0)):
+        digit = (rest * (1 / unit) + _ROUNDING) - _ROUNDING
+        rest -= digit * unit
+        rows = pl.ds(i * plan.tile_rows, plan.tile_rows)
+        refs.query_digits[stream, rows] = digit.astype(jnp.int32).astype(jnp.int8)
+    refs.query_units[stream] = power * 2.0**-20
+    plgpu.commit_smem()
 
 
 def _key_products(
@@ -151,6 +180,17 @@ def _key_products(
     keys, query = refs.key_blocks.at[place.slot], refs.query_tiles.at[place.stream]
     shape = (plan.T, plan.tile_rows)
     narrow = plan.form.key.narrow
+    if plan.integer_products:
+        digits = refs.query_digits.at[place.stream].transpose((1, 0))
+        of_digits = (plan.T, 3 * plan.tile_rows)
+        sums, done = tile.product(of_digits, (keys, digits), dtype=jnp.int32, meanwhile=meanwhile)
+        high, middle, low = (
+            sums[:, i * plan.tile_rows : (i + 1) * plan.tile_rows] for i in range(3)
+        )
+        rest = (middle * 2**7 + low).astype(jnp.float32)
+        products = high.astype(jnp.float32) * 2.0**14 + rest
+        units = mosaic_gpu_load(refs.query_units.at[place.stream], layout=COLUMNS, optimized=False)
+        return products * _along_rows(units, shape), done
     if narrow is None:
         return tile.product(shape, (keys, query.transpose((1, 0))), meanwhile=meanwhile)
     step = chunk(plan.D, narrow)
@@ -231,7 +271,12 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
 def scratch_types(plan: Plan) -> dict[str, Any]:
     """The shared memory that only this way of computing needs."""
     rows = plan.tile_rows
-    return {
+    scratch = {
         "exchange": shared_rows((plan.streams, WGMMA_ROWS, rows), jnp.float32),
         "weights": shared_rows((plan.streams, rows, plan.T), plan.dtype, like=plan.Dv),
     }
+    if plan.integer_products:
+        digits = (plan.streams, 3 * rows, plan.D)
+        scratch["query_digits"] = shared_rows(digits, jnp.int8)
+        scratch["query_units"] = plgpu.SMEM((plan.streams, rows), jnp.float32)
+    return scratch

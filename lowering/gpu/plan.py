@@ -170,6 +170,11 @@ class Plan:
         return _CHUNK if self.value_columns % _CHUNK == 0 else WGMMA_ROWS
 
     @property
+    def integer_products(self) -> bool:
+        """Whether int8 keys are multiplied as they are: with few rows; see `attend`."""
+        return self.form.key.narrow == jnp.int8 and self.tile_rows == SWIZZLE_ROWS
+
+    @property
     def narrow_out(self) -> bool:
         """Whether results have 16 bits. Then they have shared memory of their own."""
         return bool(self.out_dtype.itemsize == 2)
@@ -193,12 +198,14 @@ class Plan:
         """The blocks of keys and values that fit into the shared memory of one of so many streams.
 
         Beside them it has a query, results of 16 and of 32 bits, and where positions are down
-        logits and weights.
+        logits, weights, and the digits of queries.
         """
         itemsize: int = self.dtype.itemsize
         of_row = self.D * itemsize + self.staged * 6
         if self.positions_down:
             of_row += WGMMA_ROWS * 4 + self.T * itemsize
+        if self.integer_products:
+            of_row += 3 * self.D
         left = (SHARED_MEMORY - _TABLES_BYTES - 8 * 1024) // streams - self.padded_rows * of_row
         block = self.T * self.form.position_bytes(self.D, self.value_columns, itemsize)
         return min(left // block, max(2, _IN_FLIGHT // block))

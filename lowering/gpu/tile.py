@@ -70,13 +70,15 @@ class State(NamedTuple):
 def product(
     shape: tuple[int, int],
     *terms: tuple[Any, Any],
+    dtype: Any = jnp.float32,
     meanwhile: Callable[[], Any] = lambda: None,
 ) -> tuple[jax.Array, Any]:
-    """The sum of matrix products in float32, and the result of a function that runs meanwhile.
+    """The sum of matrix products, and the result of a function that runs meanwhile.
 
     Args:
       shape: of the products.
       terms: the factors of each, in shared memory; the first may be in registers.
+      dtype: of the sum.
       meanwhile: the function.
     """
 
@@ -86,7 +88,7 @@ def product(
         done = meanwhile()
         return accumulator_ref[...], done
 
-    both: tuple[jax.Array, Any] = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    both: tuple[jax.Array, Any] = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, dtype))
     return both
 
 
