@@ -247,7 +247,15 @@ class TestForms:
         grads = run(stored.arrays, cotangents)
         assert set(grads) == set(names)
         _assert_form_vjp(grads, stored, cotangents)
-        _assert_same(run(stored.poisoned(), cotangents), grads)
+        again = run(stored.poisoned(), cotangents)
+        runner, case = setting
+        # XLA adds the gradients of pages in any order there.
+        unordered = runner.name == "gpu" and case.form.page is not None
+        for name, x in grads.items():
+            if unordered and name != "query":
+                assert_close(again[name], x, 2 * tolerance(case), name=name)
+            else:
+                np.testing.assert_array_equal(again[name], x)
 
     @_form_settings(derivatives=True)
     @pytest.mark.parametrize("pools", [False, True], ids=["tables", "pools"])
