@@ -347,6 +347,10 @@ class TestInterpreted:
             results = schedule(operands, params, interpret)
         stored.assert_results([x.reshape(*rows, *x.shape[2:]) for x in results])
 
+    def _along_line(self, operands: Any, params: Any, interpret: Any) -> Any:
+        plan = make_plan(operands, params, operands.query.dtype)
+        return attend_along_line(dataclasses.replace(plan, parts=3), operands, interpret)
+
     @pytest.mark.parametrize(
         ("case", "form"),
         tiered(
@@ -359,11 +363,17 @@ class TestInterpreted:
         ids=lambda x: getattr(x, "name", str(x)),
     )  # fmt: skip
     def test_line(self, case: Case, form: Form) -> None:
-        def schedule(operands: Any, params: Any, interpret: Any) -> Any:
-            plan = make_plan(operands, params, operands.query.dtype)
-            return attend_along_line(dataclasses.replace(plan, parts=3), operands, interpret)
+        self._run(Stored.of(case, form), self._along_line)
 
-        self._run(Stored.of(case, form), schedule)
+    def test_scales_too_small_for_float16(self) -> None:
+        """Weights times scales are smaller than its numbers."""
+        stored = Stored.of(_case("small", (256, 200), dtype="float16"), QUANTISED[0])
+        scale = stored.arrays["value_scale"] * np.float32(1e-4)
+        key, value = stored.dense
+        stored = dataclasses.replace(
+            stored, arrays=stored.arrays | {"value_scale": scale}, dense=(key, value * 1e-4)
+        )
+        self._run(stored, self._along_line)
 
     @pytest.mark.parametrize("form", tiered([Form(16), Form(None, "BHSD")], [Form(16)]), ids=str)
     def test_teams(self, form: Form) -> None:

@@ -93,18 +93,32 @@ def block(
         unit = _own_scales(plan, refs, "value", place)
         unit = lax.cond(edge, functools.partial(_zeroed, plan, windows, first), lambda x: x, unit)
         p *= down_rows(unit, p.shape)
-    weights = refs.weights.at[stream]
-    weights.transpose((1, 0))[...] = plgpu.layout_cast(p.astype(plan.dtype), _TRANSPOSED)
+    for i in range(plan.weight_parts):
+        part = p.astype(plan.value_dtype)
+        p -= part.astype(jnp.float32)
+        weights = refs.weights.at[stream, pl.ds(i * plan.tile_rows, plan.tile_rows)]
+        weights.transpose((1, 0))[...] = plgpu.layout_cast(part, _TRANSPOSED)
     if plan.form.value.narrow is None:
         pl.when(edge)(functools.partial(tile.zero_outside, plan, refs, windows, slot, first))
     plgpu.commit_smem()
-    shape = (plan.chunk, plan.tile_rows)
+    weights = refs.weights.at[stream].transpose((1, 0))
+
+    def of_values(values: Any) -> jax.Array:
+        shape = (plan.chunk, plan.weight_parts * plan.tile_rows)
+        total, _ = tile.product(shape, (values, weights))
+        return functools.reduce(jnp.add, _column_groups(plan, total))
+
     sums = tuple(
-        x * _along_rows(correction, shape) + tile.product(shape, (y, weights.transpose((1, 0))))[0]
-        for x, y in zip(state.sums, chunks, strict=True)
+        times(x, correction) + of_values(values)
+        for x, values in zip(state.sums, chunks, strict=True)
     )
     plgpu.barrier_arrive(refs.value_free.at[slot])
     return State(sums, maximum, denominators)
+
+
+def _column_groups(plan: Plan, x: jax.Array) -> tuple[jax.Array, ...]:
+    """Cuts a tile with several columns for each row of logits: [rows, tile_rows] each."""
+    return tuple(x[:, i : i + plan.tile_rows] for i in range(0, x.shape[1], plan.tile_rows))
 
 
 def _along_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -135,11 +149,11 @@ def _masked(windows: Windows, first: Any, z: jax.Array) -> jax.Array:
     return jnp.where((position >= low) & (position < high), z, -jnp.inf)
 
 
-def _wide(plan: Plan, x: jax.Array) -> jax.Array:
-    """Quantised values in the dtype of query."""
+def _wide(x: jax.Array, dtype: Any) -> jax.Array:
+    """Quantised numbers in a dtype of 16 bits, exactly."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(jnp.float32)  # the hardware has no conversion to bfloat16
-    return x.astype(plan.dtype)
+    return x.astype(dtype)
 
 
 def prepare(plan: Plan, refs: Refs, stream: Any) -> None:
@@ -184,9 +198,7 @@ def _key_products(
         digits = refs.query_digits.at[place.stream].transpose((1, 0))
         of_digits = (plan.T, 3 * plan.tile_rows)
         sums, done = tile.product(of_digits, (keys, digits), dtype=jnp.int32, meanwhile=meanwhile)
-        high, middle, low = (
-            sums[:, i * plan.tile_rows : (i + 1) * plan.tile_rows] for i in range(3)
-        )
+        high, middle, low = _column_groups(plan, sums)
         rest = (middle * 2**7 + low).astype(jnp.float32)
         products = high.astype(jnp.float32) * 2.0**14 + rest
         units = mosaic_gpu_load(refs.query_units.at[place.stream], layout=COLUMNS, optimized=False)
@@ -197,7 +209,7 @@ def _key_products(
     terms = []
     for column in range(0, plan.D, step):
         columns = pl.ds(column, step)
-        x = _wide(plan, mosaic_gpu_load(keys.at[:, columns], layout=TILE))
+        x = _wide(mosaic_gpu_load(keys.at[:, columns], layout=TILE), plan.dtype)
         terms.append((x, query.at[:, columns].transpose((1, 0))))
     return tile.product(shape, *terms, meanwhile=meanwhile)
 
@@ -207,7 +219,7 @@ def _values(
 ) -> tuple[Any, ...]:
     """The values of a block, transposed, in chunks [chunk, T]: the first factors of products.
 
-    Quantised values are in registers, in the dtype of query; the others in shared memory.
+    Quantised values are in registers, in 16 bits; the others in shared memory.
     """
     narrow = plan.form.value.narrow
     plgpu.barrier_wait(refs.value_full.at[place.slot])
@@ -221,7 +233,8 @@ def _values(
         columns = pl.ds(column, plan.chunk)
         x = refs.value_blocks.at[place.slot, :, columns].transpose((1, 0))
         if narrow is not None:
-            x = plgpu.layout_cast(_wide(plan, mosaic_gpu_load(x, layout=_TRANSPOSED)), TILE)
+            wide = _wide(mosaic_gpu_load(x, layout=_TRANSPOSED), plan.value_dtype)
+            x = plgpu.layout_cast(wide, TILE)
             if jnp.issubdtype(narrow, jnp.floating):
                 x = lax.cond(edge, zeroed, lambda x: x, x)
         chunks.append(x)
@@ -271,9 +284,10 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
 def scratch_types(plan: Plan) -> dict[str, Any]:
     """The shared memory that only this way of computing needs."""
     rows = plan.tile_rows
+    weights = (plan.streams, plan.weight_parts * rows, plan.T)
     scratch = {
         "exchange": shared_rows((plan.streams, WGMMA_ROWS, rows), jnp.float32),
-        "weights": shared_rows((plan.streams, rows, plan.T), plan.dtype, like=plan.Dv),
+        "weights": shared_rows(weights, plan.value_dtype, like=plan.Dv),
     }
     if plan.integer_products:
         digits = (plan.streams, 3 * rows, plan.D)

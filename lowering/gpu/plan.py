@@ -175,6 +175,20 @@ class Plan:
         return self.form.key.narrow == jnp.int8 and self.tile_rows == SWIZZLE_ROWS
 
     @property
+    def value_dtype(self) -> Any:
+        """The dtype of values and weights in products.
+
+        Weights times scales of positions may be too small for float16. bfloat16 has their range.
+        """
+        scaled = self.form.value.scale == "position"
+        return jnp.dtype(jnp.bfloat16) if scaled else self.dtype
+
+    @property
+    def weight_parts(self) -> int:
+        """The sum of how many numbers of `value_dtype` a weight is: it has 11 bits or more."""
+        return 1 if self.value_dtype == self.dtype else 2
+
+    @property
     def narrow_out(self) -> bool:
         """Whether results have 16 bits. Then they have shared memory of their own."""
         return bool(self.out_dtype.itemsize == 2)
@@ -203,7 +217,7 @@ class Plan:
         itemsize: int = self.dtype.itemsize
         of_row = self.D * itemsize + self.staged * 6
         if self.positions_down:
-            of_row += WGMMA_ROWS * 4 + self.T * itemsize
+            of_row += WGMMA_ROWS * 4 + self.T * itemsize * self.weight_parts
         if self.integer_products:
             of_row += 3 * self.D
         left = (SHARED_MEMORY - _TABLES_BYTES - 8 * 1024) // streams - self.padded_rows * of_row
