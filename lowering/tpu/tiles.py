@@ -465,8 +465,16 @@ def rows_of_chunk(n: int, j: jax.Array | int) -> Any:
 
 
 def token_rows(ref: Any, layout: CacheForm, plan: KernelPlan, j: jax.Array | int) -> jax.Array:
-    """The rows of chunk j in the form TOKENS."""
-    rows: jax.Array = ref[0, rows_of_chunk(plan.blocks.chunk * layout.rows_per_token, j), :]
+    """The rows of chunk j in the form TOKENS.
+
+    Bytes are loaded as words: XLA's tiles of 8 rows of bytes fill a quarter of a register, and
+    Mosaic would widen each by itself.
+    """
+    n = plan.blocks.chunk * layout.rows_per_token
+    if layout.packing == 4 and interpret_mode() is None:
+        words = ref.bitcast(jnp.int32)[0, rows_of_chunk(n // layout.packing, j), :]
+        return pltpu.bitcast(words, ref.dtype)
+    rows: jax.Array = ref[0, rows_of_chunk(n, j), :]
     return rows
 
 
