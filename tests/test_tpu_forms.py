@@ -17,6 +17,7 @@ import oracle
 from benchmarks.tpu_cases import FORMS, TOPOLOGIES, Scheduled
 from cases import Case, Operands, assert_close, assert_results, covering, tiered
 from jax_ragged import ragged_attention as _ragged_attention
+from jax_ragged.lowering.tpu import choice, forward
 from programs import cache_sized, devices, made, optimisations
 
 # Operands come by list and by name.
@@ -102,6 +103,7 @@ CASES = {
     for case in (
         Case("tokens", (300, 129, 0), (0, 64, 0), Hq=8, Hkv=2, **_SIZES),
         Case("eight_heads", (300, 65), (7, 0), Hq=16, Hkv=8, **_SIZES),
+        Case("sixteen_heads", (300, 65), (7, 0), Hq=32, Hkv=16, **_SIZES),
         Case("mha", (300, 129), (3, 0), Hq=32, Hkv=32, **_SIZES),
         Case("one_head", (300, 255), (0, 250), Hq=5, Hkv=1, **_SIZES),
         Case("sequence", (300, 129), (128, 7), Hq=4, Hkv=2, S=300, D=64, Dv=80),
@@ -179,6 +181,41 @@ def test_values(name: str, form: Form) -> None:
     # those that scales give in float64; the kernel rounds each product with a scale to float32.
     tol = 4e-6 if case.dtype == "float32" else None
     assert_results(results, case, dense, tol=tol)
+    assert _no_race()
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "by_head"),
+    tiered(
+        [
+            (name, Form(dtype="int8", shared=shared), by_head)
+            for name in ("tokens", "eight_heads", "sixteen_heads", "mha", "queries")
+            for shared in ((False, False), (True, False), (False, True))
+            for by_head in (False, True)
+        ],
+        [("sixteen_heads", Form(dtype="int8"), False)],
+    ),
+    ids=str,
+)
+def test_readings_of_bytes(
+    name: str, form: Form, by_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All heads together and each by itself give the same, whichever the model prefers."""
+
+    def sizes(*call: Any, **_: Any) -> list[Any]:
+        return [choice.Sizes(*call, by_head=by_head)]
+
+    monkeypatch.setattr(forward, "readings", sizes)
+    # A static parameter that no other program has, so that JAX finds none of them in its caches.
+    mask_value = -1.25e30 if by_head else -1.75e30
+    case = dataclasses.replace(CASES[name], mask_value=mask_value)
+    dense, cache, keywords = formed(case, form)
+    keywords |= {**case.params, "implementation": "kernel"}
+    with _interpreted():
+        results = jax.block_until_ready(
+            ragged_attention(*cache, dense.lengths, dense.starts, **keywords)
+        )
+    assert_results(results, case, dense, tol=4e-6)  # as in `test_values`
     assert _no_race()
 
 

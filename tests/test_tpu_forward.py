@@ -247,6 +247,26 @@ def test_strided_words(H: int, D: int) -> None:
     )
 
 
+@pytest.mark.parametrize("H", [4, 8, 32])
+def test_rows_of_bytes(H: int) -> None:
+    """All heads of int8 from words of 32 bits, by the same view of a ref."""
+    S, D, chunk = 64, 128, 32
+    layout = CacheForm.of(S, H, D, jnp.int8)
+    assert layout.interleaved
+    x = lax.iota(jnp.uint32, S * H * D).astype(jnp.uint8)
+    x = lax.bitcast_convert_type(x, jnp.int8).reshape(1, S, H, D)
+
+    def kernel(x_ref: Any, out_ref: Any) -> None:
+        plan: Any = SimpleNamespace(blocks=Blocks(S, chunk, 0))
+        for j in range(S // chunk):
+            rows = tiles.token_rows(x_ref, layout, plan, j)
+            out_ref[pl.ds(j * chunk * H, chunk * H)] = rows
+
+    shape = jax.ShapeDtypeStruct((S * H, D), jnp.int8)
+    rows = pl.pallas_call(kernel, out_shape=shape, interpret=True)(layout.view(x))
+    np.testing.assert_array_equal(np.asarray(rows), np.asarray(x[0].reshape(S * H, D)))
+
+
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5e", "TPU v5p", "TPU v6e", "TPU7x"])
 @pytest.mark.parametrize(("Q", "Hq", "Hkv", "strided"), [(1, 32, 32, False), (8, 32, 8, True)])
 def test_heads_are_separated_for_many_rows(

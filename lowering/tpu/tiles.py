@@ -315,13 +315,11 @@ def scaled(
     if by_token and mask is not None:
         by_lane = CacheForm(Form.SEQUENCE, 1, scale.shape[0], scale.dtype)
         scale = mask.zero_outside(scale, by_lane, jnp.asarray(j, jnp.int32))
-    tokens = lane_slices(scale)
     if plan.key.columns == 1:
-        tokens = [_scale_by_row(y, plan, heads) for y in tokens]
+        tokens = [_scale_by_row(y, plan, heads) for y in lane_slices(scale)]
         return [y * tokens[i % len(tokens)] for i, y in enumerate(x)]
-    return [
-        y * _scale_by_column(tokens, plan, index, by_token=by_token) for index, y in enumerate(x)
-    ]
+    factors = _scale_by_column(scale, plan, len(x), by_token=by_token)
+    return [y * factor for y, factor in zip(x, factors, strict=True)]
 
 
 def _scale_by_row(scale: jax.Array, plan: KernelPlan, heads: range | None) -> jax.Array:
@@ -333,29 +331,63 @@ def _scale_by_row(scale: jax.Array, plan: KernelPlan, heads: range | None) -> ja
     return jnp.concatenate([jnp.broadcast_to(scale[h : h + 1], shape) for h in heads], axis=0)
 
 
-def _scale_by_column(tokens: Slices, plan: KernelPlan, index: int, *, by_token: bool) -> jax.Array:
-    """The scale of the token and the head of the index-th 128 columns, [1, 128].
+def _scale_by_column(scale: jax.Array, plan: KernelPlan, n: int, *, by_token: bool) -> Slices:
+    """The scales of the tokens and heads of n times 128 columns: [P, 128] or [1, 128] each.
+
+    A gather moves lanes within sublanes, and costs most here. So eight heads stand in the sublanes,
+    and others in lanes between them, so that one gather finds the scales of all heads:
+
+        scale        lane: token                       sublane: head
+        eight heads  lane: (token, head // 8)          sublane: head % 8
+        columns      lane: (token, piece, head)        sublane: head % 8, of use to head alone
 
     Args:
-      tokens: scales [heads, 128] of 128 tokens each, or one for all tokens.
+      scale: [heads, tokens], or [heads, 128] for all tokens.
       plan: of the kernel.
-      index: of the 128 columns.
+      n: number of slices.
       by_token: whether tokens have their own.
     """
-    columns, start = plan.key.columns, index * LANES
-    first = start // columns // LANES
-    scale = tokens[first] if by_token else tokens[0]
-    heads = scale.shape[0]
-    # Lanes are gathered in whole registers.
+    columns, heads = plan.key.columns, scale.shape[0]
     scale = jnp.concatenate([scale] * -(-SUBLANES // heads), axis=0)
-    shape = scale.shape
-    if by_token:
-        token = token_by_lane(shape[0], start, columns) - first * LANES
-        scale = jnp.take_along_axis(scale, token, axis=1)
-    if heads == 1:
-        return scale[:1]
-    own = column_by_lane(shape[0], start, columns) == lax.broadcasted_iota(jnp.int32, shape, 0)
-    return jnp.where(own, scale, 0.0).sum(axis=0, keepdims=True)
+    eights = [lane_slices(scale[i : i + SUBLANES]) for i in range(0, scale.shape[0], SUBLANES)]
+    count = len(eights)
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+
+    def of_eights(x: Slices, eight: jax.Array) -> jax.Array:
+        found = x[0]
+        for i, y in enumerate(x[1:], 1):
+            found = jnp.where(eight == i, y, found)
+        return found
+
+    @functools.cache
+    def interleaved(i: int) -> jax.Array:
+        """The i-th 128 / count tokens."""
+        if count == 1:
+            return eights[0][i]
+        at = quotient(lane, count) + i % count * (LANES // count)
+        x = [jnp.take_along_axis(y[i // count], at, axis=1) for y in eights]
+        return of_eights(x, remainder(lane, count))
+
+    found: Slices = []
+    for start in range(0, n * LANES, LANES):
+        column = column_by_lane(SUBLANES, start, columns)
+        eight = quotient(column, SUBLANES)
+        if not by_token:
+            x = of_eights([y[0] for y in eights], eight)
+        else:
+            token = token_by_lane(SUBLANES, start, columns)
+            i = start // columns // (LANES // count)
+            at = (token - i * (LANES // count)) * count
+            at = at + eight if count > 1 else at
+            x = jnp.take_along_axis(interleaved(i), at, axis=1)
+        if heads == 1:
+            x = x[:1]
+        elif not plan.compact or plan.head_rows > 1:
+            own = remainder(column, SUBLANES) if count > 1 else column
+            own = own == lax.broadcasted_iota(jnp.int32, x.shape, 0)
+            x = jnp.where(own, x, 0.0).sum(axis=0, keepdims=True)
+        found.append(x)
+    return found
 
 
 def _selection(layout: CacheForm, chunk: int, dtype: Any, *, tokens_first: bool) -> jax.Array:
