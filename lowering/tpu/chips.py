@@ -18,6 +18,8 @@ class Chip:
         schedules.
       register_cycles: more for a register of logits in its products.
       stride_cycles: more for a sublane between the rows that a strided load takes.
+      byte_cycles: more for 1 MiB of bytes where each head is read by itself: its bytes are shifted
+        out of words, where newer chips unpack all heads at once.
       cores: cores that one device drives: 2 for a megacore.
       reason: why there are no kernels for it, or None.
     """
@@ -28,6 +30,7 @@ class Chip:
     mib_cycles: int
     register_cycles: float
     stride_cycles: int
+    byte_cycles: int = 0
     cores: int = 1
     reason: str | None = None
 
@@ -43,9 +46,9 @@ _CHIPS = {
     "TPU v5e": Chip("v5e", 128 * MIB, 1920, 250, 3.0, 32),
     "TPU v5": Chip("v5p", 64 * MIB, 1490, 250, 3.0, 32, cores=2),
     "TPU v5p": Chip("v5p", 64 * MIB, 1490, 250, 3.0, 32, cores=2),
-    "TPU v6 lite": Chip("v6e", 128 * MIB, 1120, 315, 1.8, 32),
-    "TPU v6e": Chip("v6e", 128 * MIB, 1120, 315, 1.8, 32),
-    "TPU7x": Chip("7x", 64 * MIB, 620, 300, 1.8, 32),
+    "TPU v6 lite": Chip("v6e", 128 * MIB, 1120, 315, 1.8, 32, 400),
+    "TPU v6e": Chip("v6e", 128 * MIB, 1120, 315, 1.8, 32, 400),
+    "TPU7x": Chip("7x", 64 * MIB, 620, 300, 1.8, 32, 400),
 }
 
 # The chip of a program lowered for no known device (jax.export): its blocks fit and fill them all.

@@ -3,9 +3,10 @@
 The DMA of a step of x MiB of cache takes `dma_cycles x`. Its compute takes about
 `STEP_CYCLES + c x`, where for r registers [8, 128] of logits in the products of 1 MiB
 
-    c = mib_cycles + register_cycles r + stride_cycles stride
+    c = mib_cycles + register_cycles r + stride_cycles stride (+ byte_cycles)
 
-and stride is the stride of loads that separate the heads, 0 if none do. The smallest block whose
+and stride is the stride of loads that separate the heads, 0 if none do; byte_cycles count where
+they separate bytes. The smallest block whose
 compute is TARGET of its DMA wastes the least at the ends of windows:
 
     x = STEP_CYCLES / (TARGET dma_cycles - c)
@@ -208,7 +209,8 @@ def compute_cycles(work: Work, chip: Chip) -> float:
     products = widened * chip.mib_cycles + chip.register_cycles * work.registers
     exact = EXACT if work.dtype == jnp.float32 else 1
     stride = sum(x.stride for x in (work.key, work.value) if x.strided) / 2
-    return exact * products + chip.stride_cycles * stride
+    separated = any(x.strided and x.packing == 4 for x in (work.key, work.value))
+    return exact * products + chip.stride_cycles * stride + chip.byte_cycles * separated
 
 
 def _model(work: Work, chip: Chip) -> int:
