@@ -106,6 +106,7 @@ CASES = {
         Case("sixteen_heads", (300, 65), (7, 0), Hq=32, Hkv=16, **_SIZES),
         Case("mha", (300, 129), (3, 0), Hq=32, Hkv=32, **_SIZES),
         Case("one_head", (300, 255), (0, 250), Hq=5, Hkv=1, **_SIZES),
+        Case("whole_blocks", (384, 129), (0, 64), Hq=8, Hkv=2, S=384, D=128, Dv=128),
         Case("sequence", (300, 129), (128, 7), Hq=4, Hkv=2, S=300, D=64, Dv=80),
         Case("mixed", (300, 129), (128, 7), Hq=4, Hkv=4, S=300, D=128, Dv=256),
         Case(
@@ -142,6 +143,7 @@ ROWS = [
     *((name, Form(128)) for name in ("tokens", "sequence", "mixed", "bfloat16_queries")),
     *((name, Form(512)) for name in ("tokens", "sequence")),
     *((name, Form(64, "BHSD")) for name in ("tokens", "mha", "bfloat16")),
+    ("whole_blocks", Form(64)),
     *((name, Form(dtype="int8")) for name in ("tokens", "eight_heads", "mha", "sequence")),
     *((name, Form(dtype="int8")) for name in ("one_head", "queries", "bfloat16_queries")),
     *(("eight_heads", Form(dtype="int8", shared=x)) for x in ((True, False), (True, True))),

@@ -33,7 +33,7 @@ from jax_ragged.lowering.tpu.tiles import CacheBlock, quotient, remainder
 
 Refs = TypeVar("Refs")
 # Pages of a block up to which their copies stand one after the other in the kernel's code.
-MOST_UNROLLED = 32
+MOST_UNROLLED = 128
 # The position t* of a maximum that is nowhere.
 NOWHERE = jnp.iinfo(jnp.int32).max
 
@@ -344,8 +344,10 @@ class Launch(Generic[Refs]):
             half = remainder(step, 2)
 
             def copy(i: Any, _: None) -> None:
-                # The last block of a row may be longer than the rest of the row.
-                page = jnp.minimum(block * self._pages + i, self.sizes.pages - 1)
+                page = block * self._pages + i
+                if self.sizes.pages % self._pages:
+                    # The last block of a row is longer than the rest of the row.
+                    page = jnp.minimum(page, self.sizes.pages - 1)
                 page = table[row * self.sizes.pages + page]
                 for pool, buffer, copied, tokens_at in pools:
                     to = buffer.at[half].at[tokens_at(i, self.sizes.page)]
