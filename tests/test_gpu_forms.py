@@ -365,6 +365,22 @@ class TestInterpreted:
     def test_line(self, case: Case, form: Form) -> None:
         self._run(Stored.of(case, form), self._along_line)
 
+    @pytest.mark.parametrize("power", [-100, 100])
+    def test_queries_of_any_size(self, power: int) -> None:
+        """Queries for int8 keys are split by a power of two, of any size; one is zero."""
+        stored = Stored.of(_case("sizes", (130, 70)), QUANTISED[0])
+        key, value = stored.dense
+        query = stored.arrays["query"].astype(np.float32) * np.float32(2.0**power)
+        query[0, 0] = 0
+        changed = {
+            "query": query.astype(stored.arrays["query"].dtype),
+            "key_scale": stored.arrays["key_scale"] * np.float32(2.0**-power),
+        }
+        stored = dataclasses.replace(
+            stored, arrays=stored.arrays | changed, dense=(key * 2.0**-power, value)
+        )
+        self._run(stored, self._along_line)
+
     def test_scales_too_small_for_float16(self) -> None:
         """Weights times scales are smaller than its numbers."""
         stored = Stored.of(_case("small", (256, 200), dtype="float16"), QUANTISED[0])

@@ -13,7 +13,7 @@ from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu import across, down
 from jax_ragged.lowering.gpu.forms import SCALED_HEADS, Pages, Place
 from jax_ragged.lowering.gpu.launch import Refs, overhanging, shared_rows, swizzle_columns
-from jax_ragged.lowering.gpu.plan import COPIED, SWIZZLE_ROWS, Plan
+from jax_ragged.lowering.gpu.plan import COPIED, SWIZZLE_ROWS, Plan, ceil_to
 from jax_ragged.lowering.gpu.schedule import (
     Column,
     Part,
@@ -245,8 +245,8 @@ def _store_results(
     factor = inverse(denominator)
     staging = refs.out_tiles if plan.narrow_out else refs.sum_tiles
     rows = _tile_rows(plan, segment)
-    refs.statistics[stream, 0] = max_logits(state.maximum, plan.params.mask_value)
-    refs.statistics[stream, 1] = denominator
+    maximum = max_logits(state.maximum, plan.params.mask_value)
+    _stage_statistics(plan, refs, stream, maximum, denominator)
     sums = tuple(of_tile.times(x, factor) for x in state.sums)
     for column, x in of_tile.stage(plan, staging.at[stream], sums):
         unit = swizzle_columns(plan.staged_unit, plan.out_dtype)
@@ -260,14 +260,20 @@ def _store_results(
 def _store_partial(plan: Plan, refs: Refs, stream: Any, partial: Any, state: State) -> None:
     """Copies a segment's partial results, unnormalised, to global memory."""
     of_tile = _tile(plan)
-    refs.statistics[stream, 0] = state.maximum
-    refs.statistics[stream, 1] = of_tile.denominator(plan, refs, stream, state)
+    denominator = of_tile.denominator(plan, refs, stream, state)
+    _stage_statistics(plan, refs, stream, state.maximum, denominator)
     for column, x in of_tile.stage(plan, refs.sum_tiles.at[stream], state.sums):
         columns = pl.ds(column, plan.staged)
         plgpu.copy_smem_to_gmem(x, refs.accumulators.at[partial, :, columns])
     for i, ref in enumerate((refs.maxima, refs.denominators)):
         of_rows = refs.statistics.at[stream, i, pl.ds(0, plan.tile_rows)]
         plgpu.copy_smem_to_gmem(of_rows, ref.at[partial])
+
+
+def _stage_statistics(plan: Plan, refs: Refs, stream: Any, *statistics: Any) -> None:
+    """Writes the maximum and the denominator to shared memory, which `stage` commits."""
+    for i, x in enumerate(statistics):
+        refs.statistics[stream, i, pl.ds(0, plan.padded_rows)] = x
 
 
 def scratch_types(plan: Plan) -> dict[str, Any]:
@@ -281,7 +287,8 @@ def scratch_types(plan: Plan) -> dict[str, Any]:
         "sum_tiles": shared_rows(
             (plan.streams, rows, plan.staged), jnp.float32, like=plan.staged_unit
         ),
-        "statistics": plgpu.SMEM((plan.streams, 2, rows), jnp.float32),
+        # The copy engine reads from multiples of 128 bytes.
+        "statistics": plgpu.SMEM((plan.streams, 2, ceil_to(rows, 32)), jnp.float32),
         "query_full": query_barrier(),
         "query_free": query_barrier(),
         **_tile(plan).scratch_types(plan),

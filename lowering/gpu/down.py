@@ -75,6 +75,9 @@ def block(
     products, x = _key_products(plan, refs, place, values if early else lambda: None)
     if plan.form.key.scale == "position":
         key_unit = _own_scales(plan, refs, "key", place)
+    if plan.keys_in_registers or plan.form.key.scale == "position":
+        # What has been loaded from the slot is, before the copy engine writes there again.
+        plgpu.commit_smem()
     plgpu.barrier_arrive(refs.key_free.at[slot])
     pl.when(place.last)(lambda: plgpu.barrier_arrive(refs.query_free.at[stream]))
 
@@ -160,30 +163,32 @@ def prepare(plan: Plan, refs: Refs, stream: Any) -> None:
     """Splits a tile's queries into integers, if the units for integers multiply int8 keys.
 
     They take the keys as they are. With s the power of two that is not smaller than any element of
-    a query, an element is
+    a query, and at least 2^-106, an element is
 
         q = s 2^-20 (2^14 h + 2^7 m + l)    with integers h, m, l of -64 to 64
 
-    up to s 2^-21. Elements of at least s 2^-13 in bfloat16, or s 2^-10 in float16, are exact. So
-    are the sums of products.
+    up to s 2^-21. Elements of at least s 2^-13 in bfloat16, or s 2^-10 in float16, are exact. The
+    sums of products with h, with m and with l are exact, and their sum is rounded to float32.
     """
     if not plan.integer_products:
         return
     query = mosaic_gpu_load(refs.query_tiles.at[stream], layout=_IN_EVERY_WARP, optimized=False)
     query = query.astype(jnp.float32)
     largest = jnp.abs(query).max(axis=1)
+    # In the bits of a float32, the exponent stands above 23 bits of fraction: rounded up, less 20,
+    # and at least that of the smallest normal number. 254 less it is the exponent of the inverse.
     bits = lax.bitcast_convert_type(largest, jnp.int32)
-    power = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
-    # An infinity or NaN makes its row of logits NaN.
-    power = jnp.where(largest < jnp.inf, power, jnp.nan)
-    factor = 2.0**20 / jnp.where(largest == 0, 1.0, power)
-    rest = query * down_rows(factor, query.shape)
+    bits = jnp.maximum(((bits + 0x7FFFFF) & 0x7F800000) - (20 << 23), 1 << 23)
+    unit_of_query = lax.bitcast_convert_type(bits, jnp.float32)
+    inverse_of_unit = lax.bitcast_convert_type((254 << 23) - bits, jnp.float32)
+    rest = query * down_rows(inverse_of_unit, query.shape)
     for i, unit in enumerate((2.0**14, 2.0**7, 1.0)):
         digit = (rest * (1 / unit) + _ROUNDING) - _ROUNDING
         rest -= digit * unit
         rows = pl.ds(i * plan.tile_rows, plan.tile_rows)
         refs.query_digits[stream, rows] = digit.astype(jnp.int32).astype(jnp.int8)
-    refs.query_units[stream] = power * 2.0**-20
+    # An infinity or NaN makes its row of logits NaN.
+    refs.query_units[stream] = jnp.where(largest < jnp.inf, unit_of_query, jnp.nan)
     plgpu.commit_smem()
 
 

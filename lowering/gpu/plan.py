@@ -171,8 +171,13 @@ class Plan:
 
     @property
     def integer_products(self) -> bool:
-        """Whether int8 keys are multiplied as they are: with few rows; see `attend`."""
+        """Whether int8 keys are multiplied as they are: in small tiles; see `down.prepare`."""
         return self.form.key.narrow == jnp.int8 and self.tile_rows == SWIZZLE_ROWS
+
+    @property
+    def keys_in_registers(self) -> bool:
+        """Whether keys are widened in registers."""
+        return self.form.key.narrow is not None and not self.integer_products
 
     @property
     def value_dtype(self) -> Any:
@@ -251,25 +256,25 @@ def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any)
     query, key, value = operands[:3]
     B, Q, Hq, D = query.shape
     Hkv, Dv = key.shape[heads_axis(params)], value.shape[3]
-    columns = Hkv * -(-Q * (Hq // Hkv) // WGMMA_ROWS)
-    form = Form.of(operands, params)
-    tile_rows = min(ceil_to(Q * (Hq // Hkv), SWIZZLE_ROWS), WGMMA_ROWS)
-    few = tile_rows <= _FEW_ROWS
-    small = D + Dv <= _CHUNK
+    plan = Plan(
+        B, Q, Hq, Hkv, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
+        Form.of(operands, params), T=64, streams=1, stages=1, parts=1,
+    )  # fmt: skip
     # Blocks of 128 positions save time between products where a block has few bytes, if registers
     # hold the logits: all in us on an H200, 54.1 for 58.5 with B16 S8192 32/8/128 in int8, and 73.4
     # for 75.1 with B32 S8192 64/8/64.
-    long = few and Dv <= _CHUNK and (small or form.narrow)
-    plan = Plan(
-        B, Q, Hq, Hkv, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
-        form, T=params.block_size or (128 if long else 64), streams=1, stages=1, parts=1,
-    )  # fmt: skip
+    narrow, small = plan.form.narrow, D + Dv <= _CHUNK
+    if plan.tile_rows <= _FEW_ROWS and Dv <= _CHUNK and (small or narrow):
+        plan = dataclasses.replace(plan, T=128)
+    if params.block_size is not None:
+        plan = dataclasses.replace(plan, T=params.block_size)
     # Two streams hide each other's latencies, if each has room for a block, but they make twice the
     # parts. With many short segments that is worth it, with small heads, and with quantised blocks,
     # which are widened first: B128 S2048 32/8/128 with an eighth of the positions 26.5 us for 29.1,
     # B32 S8192 64/8/64 73.4 for 88.2.
+    columns = plan.columns
     short = columns > 4 and B * columns >= 4 * MULTIPROCESSORS
-    wanted = Dv <= _CHUNK and (short or small or form.narrow)
+    wanted = Dv <= _CHUNK and (short or small or narrow)
     streams = 2 if wanted and plan.stages_of(2) > 0 else 1
     return dataclasses.replace(
         plan,
