@@ -104,6 +104,7 @@ CASES = {
         Case("tokens", (300, 129, 0), (0, 64, 0), Hq=8, Hkv=2, **_SIZES),
         Case("eight_heads", (300, 65), (7, 0), Hq=16, Hkv=8, **_SIZES),
         Case("sixteen_heads", (300, 65), (7, 0), Hq=32, Hkv=16, **_SIZES),
+        Case("not_dividing_the_lanes", (300, 65), (7, 0), Hq=24, Hkv=24, **_SIZES),
         Case("mha", (300, 129), (3, 0), Hq=32, Hkv=32, **_SIZES),
         Case("one_head", (300, 255), (0, 250), Hq=5, Hkv=1, **_SIZES),
         Case("whole_blocks", (384, 129), (0, 64), Hq=8, Hkv=2, S=384, D=128, Dv=128),
@@ -191,7 +192,10 @@ def test_values(name: str, form: Form) -> None:
     tiered(
         [
             (name, Form(dtype="int8", shared=shared), by_head)
-            for name in ("tokens", "eight_heads", "sixteen_heads", "mha", "queries")
+            for name in (
+                *("tokens", "eight_heads", "sixteen_heads", "not_dividing_the_lanes"),
+                *("mha", "queries"),
+            )
             for shared in ((False, False), (True, False), (False, True))
             for by_head in (False, True)
         ],

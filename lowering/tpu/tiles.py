@@ -353,6 +353,9 @@ def _scale_by_column(scale: jax.Array, plan: KernelPlan, n: int, *, by_token: bo
     count = len(eights)
     lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
 
+    def at(x: jax.Array, lanes: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, lanes, axis=1)
+
     def of_eights(x: Slices, eight: jax.Array) -> jax.Array:
         found = x[0]
         for i, y in enumerate(x[1:], 1):
@@ -361,25 +364,29 @@ def _scale_by_column(scale: jax.Array, plan: KernelPlan, n: int, *, by_token: bo
 
     @functools.cache
     def interleaved(i: int) -> jax.Array:
-        """The i-th 128 / count tokens."""
+        """The i-th 128 / count tokens, with lanes (token, head // 8)."""
         if count == 1:
             return eights[0][i]
-        at = quotient(lane, count) + i % count * (LANES // count)
-        x = [jnp.take_along_axis(y[i // count], at, axis=1) for y in eights]
-        return of_eights(x, remainder(lane, count))
+        token = quotient(lane, count) + i % count * (LANES // count)
+        return of_eights([at(y[i // count], token) for y in eights], remainder(lane, count))
+
+    def by_sublane(start: int, column: jax.Array) -> jax.Array:
+        """The scales of 128 columns from start on, each in the sublane head % 8."""
+        eight = quotient(column, SUBLANES)
+        if not by_token:
+            return of_eights([y[0] for y in eights], eight)
+        token = token_by_lane(SUBLANES, start, columns)
+        if LANES % count:
+            i = start // columns // LANES
+            return of_eights([at(y[i], token - i * LANES) for y in eights], eight)
+        i = start // columns // (LANES // count)
+        lanes = (token - i * (LANES // count)) * count
+        return at(interleaved(i), lanes + eight if count > 1 else lanes)
 
     found: Slices = []
     for start in range(0, n * LANES, LANES):
         column = column_by_lane(SUBLANES, start, columns)
-        eight = quotient(column, SUBLANES)
-        if not by_token:
-            x = of_eights([y[0] for y in eights], eight)
-        else:
-            token = token_by_lane(SUBLANES, start, columns)
-            i = start // columns // (LANES // count)
-            at = (token - i * (LANES // count)) * count
-            at = at + eight if count > 1 else at
-            x = jnp.take_along_axis(interleaved(i), at, axis=1)
+        x = by_sublane(start, column)
         if heads == 1:
             x = x[:1]
         elif not plan.compact or plan.head_rows > 1:
