@@ -5,8 +5,8 @@ The DMA of a step of x MiB of cache takes `dma_cycles x`. Its compute takes abou
 
     c = mib_cycles + register_cycles r + stride_cycles stride (+ byte_cycles)
 
-and stride is the stride of loads that separate the heads, 0 if none do; byte_cycles count where
-they separate bytes. The smallest block whose
+and stride is the largest power of two in the stride of loads that separate the heads, 0 if none do;
+byte_cycles count where they separate bytes. The smallest block whose
 compute is TARGET of its DMA wastes the least at the ends of windows:
 
     x = STEP_CYCLES / (TARGET dma_cycles - c)
@@ -30,6 +30,8 @@ STEP_CYCLES = 400
 TARGET = 0.75
 # A product of float32 is made of several.
 EXACT = 4
+# More for registers of logits that are masked and exponentiated for all heads (`is_compact`).
+UNCOMPACT = 2
 # The share of a core's VMEM for declared arrays; the rest is for the compiler's spills. By default
 # that is plenty; the forward compiles with less.
 VMEM_SHARE = 0.6
@@ -108,6 +110,11 @@ class Work:
         columns = self.key.columns * MIB * LANES / self.moved_bytes(LANES)
         passes = -(-self.key.head_dim // LANES)
         return columns * passes * self.rows / (SUBLANES * LANES) * self.products / 2
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the logits of a column are selected before the softmax, or of one head alone."""
+        return not self.key.interleaved or LANES % self.key.columns == 0
 
     def moved_bytes(self, T: int) -> int:
         """Bytes that a step of T positions reads and writes of arrays like the cache."""
@@ -206,9 +213,11 @@ def compute_cycles(work: Work, chip: Chip) -> float:
     """Cycles of compute for 1 MiB of cache."""
     # A quantised cache has more positions in 1 MiB.
     widened = jnp.dtype(work.dtype).itemsize / jnp.dtype(work.key.dtype).itemsize
-    products = widened * chip.mib_cycles + chip.register_cycles * work.registers
+    register_cycles = chip.register_cycles * (1 if work.is_compact else UNCOMPACT)
+    products = widened * chip.mib_cycles + register_cycles * work.registers
     exact = EXACT if work.dtype == jnp.float32 else 1
-    stride = sum(x.stride for x in (work.key, work.value) if x.strided) / 2
+    # In the schedules a load takes the longer the larger the power of two is, as if by banks.
+    stride = sum(x.stride & -x.stride for x in (work.key, work.value) if x.strided) / 2
     separated = any(x.strided and x.packing == 4 for x in (work.key, work.value))
     return exact * products + chip.stride_cycles * stride + chip.byte_cycles * separated
 
