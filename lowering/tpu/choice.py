@@ -19,7 +19,7 @@ from jax_ragged.lowering.tpu.chips import Chip
 from jax_ragged.lowering.tpu.cost import VMEM_SHARE, Blocks, Work, blocks_for, compute_cycles
 from jax_ragged.lowering.tpu.layout import LANES, SUBLANES, CacheForm, alike, round_up
 
-T = TypeVar("T")
+Found = TypeVar("Found")
 LOG2_E = math.log2(math.e)
 
 # Query rows (head, query) of a tile; more queries are cut in tiles, each of which reads the cache.
@@ -150,7 +150,7 @@ class KernelPlan:
 
     Attributes:
       key: layout of the keys.
-      value: layout of the values; the forward needs columns like those of the keys.
+      value: layout of the values; in the forward it has the same columns as the keys.
       blocks: T and the chunk.
       rows: R, query rows (head, query), a multiple of 8.
       head_rows: query rows of one key head, (query, head of its group).
@@ -174,16 +174,17 @@ class KernelPlan:
     def compact(self) -> bool:
         """Whether logits of several heads are brought together in one row (`compact_heads`)."""
         heads_fit = self.key.interleaved and LANES % self.key.columns == 0
-        return heads_fit and self.rows % self._compact_rows == 0
+        return heads_fit and self.rows % self._whole_rows == 0
 
     @functools.cached_property
-    def _compact_rows(self) -> int:
+    def _whole_rows(self) -> int:
+        """The fewest query rows that are whole registers and whole heads."""
         return math.lcm(SUBLANES, self.head_rows)
 
     @functools.cached_property
-    def P(self) -> int:
-        """Rows of the logits after `compact_heads`."""
-        return self._compact_rows if self.compact else self.rows
+    def compact_rows(self) -> int:
+        """C, the rows of logits after `compact_heads`."""
+        return self._whole_rows if self.compact else self.rows
 
     @functools.cached_property
     def unit(self) -> float:
@@ -299,8 +300,8 @@ def choose(
 
 
 def with_advice(
-    params: RaggedAttentionParams, S: int, plan: Callable[[RaggedAttentionParams], T]
-) -> T:
+    params: RaggedAttentionParams, S: int, plan: Callable[[RaggedAttentionParams], Found]
+) -> Found:
     """Returns plan(params); a refusal names the block sizes next to the one that was asked for.
 
     Raises:

@@ -15,7 +15,7 @@ leaves  z_bar = p (<o_bar, v> + u) + a [t = t*],  and with  s_bar = z_bar dz/ds
 
     query, o_bar [R, n]   keys, values (block)
           |                     |
-          +----- products ------+--> p, z_bar -> s_bar [P, 128]
+          +----- products ------+--> p, z_bar -> s_bar [C, 128]
                                        |            |
                      q_bar [R, D] <- sums over blocks
                      k_bar, v_bar (block) <- sums over query rows, heads and tiles
@@ -78,19 +78,19 @@ from jax_ragged.lowering.tpu.tiles import (
 class CotangentRefs:
     """The refs of the kernel; a cotangent that is not asked for is None."""
 
-    statistics: Any  # float32 [3, P, 128]: the maxima over KernelPlan.unit, u, and a
+    statistics: Any  # float32 [3, C, 128]: the maxima over KernelPlan.unit, u, and a
     query: Any  # [1, R, D]
     key: CacheBlock  # a block of keys
     value: CacheBlock | None = None  # a block of values, if s_bar is needed
     out_bar: Any = None  # [1, R, Dv], o_bar / l in the dtype of query
-    at: Any = None  # int32 [1, P, 128], the positions t*
+    at: Any = None  # int32 [1, C, 128], the positions t*
     query_bar: Any = None  # [1, 1, R, D]
     query_sum: Any = None  # float32 [R, D], or [pieces R, 128]: `sum_shape`
     key_bar: Any = None  # as key.ref, in the dtype that is asked for
     key_sum: Any = None  # float32, as key_bar, if a row has several tiles
     value_bar: Any = None  # as value.ref, in the dtype that is asked for
     value_sum: Any = None  # float32, as value_bar, if a row has several tiles
-    bounds: Any = None  # int32 [2, P, 128], the windows where queries have their own
+    bounds: Any = None  # int32 [2, C, 128], the windows where queries have their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +287,7 @@ def vjp_work(
     with_o_bar: bool = True,
     wide: tuple[bool, ...] = (False, False, False),
 ) -> Work:
-    """The work of the kernel for the cotangents of those of (query, key, value) in wrt.
+    """The work of the kernel for the cotangents of the operands (query, key, value) in wrt.
 
     `wide` says which of them are float32 while the operands are bfloat16.
     """

@@ -8,8 +8,8 @@ outside of a window, and m, l, o the statistics so far:
     l_new = r l + sum p         o_new = r o + p v
 
          query [R, D]     block of keys        chunk 0 | chunk 1 | ...     block of values
-              |                 |              z [P, 128] slices              |
-              +---- products ---+----------> m, l [P, 128] -> p -> weights ---+--> o [R, Dv]
+              |                 |              z [C, 128] slices              |
+              +---- products ---+----------> m, l [C, 128] -> p -> weights ---+--> o [R, Dv]
 
 In the form TOKENS (`layout`) the columns are (token, piece, head): one product multiplies all heads
 with all, the rows of other heads are masked, and their weights are 0. The matrix unit does this
@@ -71,20 +71,20 @@ class ForwardRefs:
     value: CacheBlock  # a block of values
     out: Any  # [1, R, Dv]
     statistics: Any  # float32 [1, 2, R], max_logits and denominator
-    m: Any  # float32 [P, 128], in a lane the maximum of the head of its column
-    l: Any  # float32 [P, 128], in a lane the sum of its own columns alone  # noqa: E741
+    m: Any  # float32 [C, 128], in a lane the maximum of the head of its column
+    l: Any  # float32 [C, 128], in a lane the sum of its own columns alone  # noqa: E741
     o: Any  # float32 [R, Dv], or [pieces R, 128]: `sum_shape`
-    bounds: Any = None  # int32 [2, P, 128], the windows where queries have their own
+    bounds: Any = None  # int32 [2, C, 128], the windows where queries have their own
     partial: Any = None  # float32 [1, R, Dv], out of the tile that two cores share
 
 
 def _by_row(plan: KernelPlan, x: jax.Array) -> jax.Array:
-    """Statistics by lane, [P, 128], to statistics by query row with equal lanes, [R, 128]."""
+    """Statistics by lane, [C, 128], to statistics by query row with equal lanes, [R, 128]."""
     if not plan.compact or plan.key.columns == 1:
         return x
     rows = [
-        jnp.where(own_head(plan, plan.key, 0, first, plan.P), x, LOWEST)
-        for first in range(0, plan.rows, plan.P)
+        jnp.where(own_head(plan, plan.key, 0, first, plan.compact_rows), x, LOWEST)
+        for first in range(0, plan.rows, plan.compact_rows)
     ]
     return jnp.concatenate(
         [jnp.broadcast_to(r.max(axis=1, keepdims=True), r.shape) for r in rows], axis=0
@@ -92,7 +92,7 @@ def _by_row(plan: KernelPlan, x: jax.Array) -> jax.Array:
 
 
 def _across_lanes(plan: KernelPlan, x: jax.Array, combine: Any, reduce: Any) -> jax.Array:
-    """Combines the columns of one head, and gives each of them the result: [P, 128]."""
+    """Combines the columns of one head, and gives each of them the result: [C, 128]."""
     if not plan.compact or plan.key.columns == 1:
         return jnp.broadcast_to(reduce(x, axis=1, keepdims=True), x.shape)
     shift = LANES // 2
@@ -209,8 +209,8 @@ def forward(operands: Operands, params: RaggedAttentionParams, chip: Chip) -> By
     launch.by_tile("statistics", 2, R)
     if plan.cores > 1:
         launch.of_core("partial", R, Dv)
-    launch.scratch("m", plan.P, LANES)
-    launch.scratch("l", plan.P, LANES)
+    launch.scratch("m", plan.compact_rows, LANES)
+    launch.scratch("l", plan.compact_rows, LANES)
     launch.scratch("o", *sum_shape(sizes.value, plan))
     # One kernel for both: a kernel of its own for MHA was not worth its lines.
     found = launch.run(_kernel, "ragged_attention_mha" if sizes.G == 1 else "ragged_attention_gqa")

@@ -206,7 +206,7 @@ class Step:
         the others.
 
         Args:
-          bounds: a ref [2, P, 128] with the windows of the query rows, or None if all have
+          bounds: a ref [2, C, 128] with the windows of the query rows, or None if all have
             (lo, hi).
           compute: called with chunks, and with masks where they are needed.
         """

@@ -4,11 +4,11 @@ A `Launch` collects operands, results and scratch under names. The kernel gets t
 whose attributes are refs of these names, each declared with its shape in the kernel's module; a
 ref that is not launched is None.
 
-    XLA      tiles [V, R, n]    bounds [V, 2, P]    cache [B, view]     results by core or tile
+    XLA      tiles [V, R, n]    bounds [V, 2, C]    cache [B, view]     results by core or tile
                   |                  |                   |                      ^
     specs      tile of step     tile of step     block of step, or the     tile of step
                   |                  |           nearest in the windows         |
-    VMEM      [1, R, n]         [1, 2, P]           block_shape(T)          [1, 1, R, n]
+    VMEM      [1, R, n]         [1, 2, C]           block_shape(T)          [1, 1, R, n]
 
 A block of a pool is a part of a page, whose number the spec finds in the page table; or it is
 several pages, which a step copies beside each other for the next step, while it computes its own.
@@ -39,17 +39,17 @@ NOWHERE = jnp.iinfo(jnp.int32).max
 
 
 def by_lane(plan: KernelPlan, x: jax.Array) -> jax.Array:
-    """Statistics of query rows [V, R] in the rows and columns of compact logits, [V, P, 128]."""
+    """Statistics of query rows [V, R] in the rows and columns of compact logits, [V, C, 128]."""
     heads = plan.key.heads
-    blocks = x.reshape(x.shape[0], -1, plan.P)
-    blocks = jnp.repeat(blocks, plan.P // plan.head_rows, axis=1)[:, :heads]
+    blocks = x.reshape(x.shape[0], -1, plan.compact_rows)
+    blocks = jnp.repeat(blocks, plan.compact_rows // plan.head_rows, axis=1)[:, :heads]
     return jnp.tile(blocks, (1, LANES // heads, 1)).swapaxes(1, 2)
 
 
 def lanes_by_row(plan: KernelPlan, x: jax.Array) -> jax.Array:
     """Running results as results of query rows, to be combined, [n, V, R].
 
-    They are [cores, V, P, 128] with neutral elements in the lanes of other heads, or, if the
+    They are [cores, V, C, 128] with neutral elements in the lanes of other heads, or, if the
     logits are not compact, [cores, V, 1, R].
     """
     if not plan.compact:
@@ -84,8 +84,8 @@ class Launch(Generic[Refs]):
         Args:
           choice: how the kernel runs.
           operands: of the call.
-          refs: the class of the kernel's refs. Its `bounds`, [2, P, 128], and what `lanes` adds,
-            [n, P, 128], hold a query row's numbers in all of its lanes.
+          refs: the class of the kernel's refs. Its `bounds`, [2, C, 128], and the refs of `lanes`,
+            [n, C, 128], hold a query row's numbers in all of its lanes.
           every: whether every block of the cache has a step.
         """
         sizes, plan = choice.sizes, choice.plan
@@ -106,8 +106,8 @@ class Launch(Generic[Refs]):
         self._spread: list[str] = []
         self._compact: list[str] = []
         if plan.queries > 1:
-            # The window of a query row does not depend on the head, so P rows have all of them.
-            bounds = [sizes.window_rows(x)[:, : plan.P] for x in (lo, hi)]
+            # The window of a query row does not depend on the head, so C rows have all of them.
+            bounds = [sizes.window_rows(x)[:, : plan.compact_rows] for x in (lo, hi)]
             self._spread_rows("bounds", jnp.stack(bounds, axis=1))
 
     def _index(self, place: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -126,13 +126,13 @@ class Launch(Generic[Refs]):
         self._inputs[name] = x, pl.BlockSpec((1, *x.shape[1:]), index)
 
     def _spread_rows(self, name: str, x: jax.Array) -> None:
-        """Adds numbers of query rows, [V, n, P], to spread to lanes when a tile begins."""
+        """Adds numbers of query rows, [V, n, C], to spread to lanes when a tile begins."""
         self.rows(name, x)
-        self.scratch(f"{name}_by_lane", x.shape[1], self.plan.P, LANES, dtype=x.dtype)
+        self.scratch(f"{name}_by_lane", x.shape[1], self.plan.compact_rows, LANES, dtype=x.dtype)
         self._spread.append(name)
 
     def lanes(self, name: str, *statistics: jax.Array) -> None:
-        """Adds statistics of query rows, each [V, R], as a ref [n, P, 128]."""
+        """Adds statistics of query rows, each [V, R], as a ref [n, C, 128]."""
         plan = self.plan
         if plan.compact:
             # A lane of the compact logits has the number of its column's head.
@@ -238,8 +238,10 @@ class Launch(Generic[Refs]):
     def lanes_by_core(self, name: str, dtype: Any = jnp.float32) -> None:
         """Adds a running result by lane, `NAME_lanes`, and where it is written when a tile ends."""
         plan = self.plan
-        self.by_core(name, *((plan.P, LANES) if plan.compact else (1, plan.rows)), dtype=dtype)
-        self.scratch(f"{name}_lanes", plan.P, LANES, dtype=dtype)
+        self.by_core(
+            name, *((plan.compact_rows, LANES) if plan.compact else (1, plan.rows)), dtype=dtype
+        )
+        self.scratch(f"{name}_lanes", plan.compact_rows, LANES, dtype=dtype)
 
     def by_tile(self, name: str, *shape: int, dtype: Any = jnp.float32) -> None:
         """Adds a result of each tile, [V, *shape], or [V + 1, *shape] for two cores (`Results`)."""
@@ -306,13 +308,15 @@ class Launch(Generic[Refs]):
             @pl.when(step.first)
             def _(ref: Any = ref, spread: Any = spread) -> None:
                 for i in range(ref.shape[1]):
-                    spread[i] = jnp.broadcast_to(ref[0, i : i + 1], (LANES, self.plan.P)).T
+                    spread[i] = jnp.broadcast_to(
+                        ref[0, i : i + 1], (LANES, self.plan.compact_rows)
+                    ).T
 
             named[name] = spread
         return named | {name: named[name].at[0] for name in self._compact}
 
     def _blocks(self, scalars: Any, named: dict[str, Any]) -> dict[str, Any]:
-        """The refs by name, with the blocks of caches, after those of pages have been copied."""
+        """The refs by name, with the blocks of caches, after the copies of pages."""
         if self._copied:
             here = self._copy_pages(scalars, named)
             for name in self._copied:

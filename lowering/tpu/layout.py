@@ -1,9 +1,10 @@
 """How a cache lies in memory on a TPU, and the view of it that costs nothing.
 
-XLA lays an array [B, S, H, D] out with the least padding to tiles of 128 lanes and 8 sublanes. A
-kernel that asks for another order makes XLA copy the whole cache at every call; a transpose or
-reshape to the physical order is a bitcast. A cache [B, H, S, D] is taken as its transpose, which
-XLA does not move; the layout knows of it only where two orders are padded alike.
+XLA pads the two minor dimensions of an array to 8 sublanes and 128 lanes, and lays [B, S, H, D] out
+with the least padding. A kernel that asks for another order makes XLA copy the whole cache at every
+call; a transpose or reshape to the physical order is a bitcast. A cache [B, H, S, D] is taken as
+its transpose, which XLA does not move; the layout knows of it only where two orders are padded
+alike.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class Form(enum.Enum):
 
 
 def _second_minor(H: int, dtype: DTypeLike) -> int:
-    """H as XLA pads it in the sublanes: small powers of two have tiles of their own."""
+    """H as XLA pads it in the sublanes: small powers of two are padded less."""
     least = 4 // jnp.dtype(dtype).itemsize
     return H if H in (1, 2, 4) and H >= least else round_up(H, SUBLANES)
 
@@ -103,7 +104,7 @@ class CacheForm:
         if self.strided and jnp.dtype(self.dtype) != jnp.int8:
             return f"its kernels read all heads of {self.dtype} together, and here they cannot"
         if self.pieces > 1 and (self.heads % SUBLANES or self.heads % (4 * SUBLANES) == 0):
-            # Their tiles of bytes have 4 or 32 heads, which are no rows of 128 lanes.
+            # XLA keeps the bytes of 4 or 32 heads together, which are no rows of 128 lanes.
             return (
                 f"XLA would copy the cache, of {self.heads} heads of {self.head_dim} in "
                 f"{self.dtype} for each position"

@@ -28,7 +28,7 @@ from jax_ragged.lowering.tpu.tiles import (
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """The logits of a chunk, [P, 128] for each 128 columns.
+    """The logits of a chunk, [C, 128] for each 128 columns.
 
     Attributes:
       plan: of the kernel.
@@ -84,7 +84,7 @@ class Logits:
         plan = self.plan
         base = start + self.j * plan.blocks.chunk
         return [
-            token_by_lane(plan.P, index * LANES, plan.key.columns) + base
+            token_by_lane(plan.compact_rows, index * LANES, plan.key.columns) + base
             for index in range(len(self.z))
         ]
 

@@ -1,6 +1,6 @@
 """The kernel of t*, the first position of each query's maximum, which cotangents of it need.
 
-    keys, block after block -> z [P, 128] -> by lane: m = max z, and the first t with z = m
+    keys, block after block -> z [C, 128] -> by lane: m = max z, and the first t with z = m
 
 Lanes see their columns in order, so the first position is kept by moving on larger logits only.
 XLA combines the lanes and the cores.
@@ -29,17 +29,17 @@ class MaximumRefs:
 
     query: Any  # [1, R, D]
     key: CacheBlock  # a block of keys
-    m: Any  # float32 [1, 1, P, 128] if logits are compact, else [1, 1, 1, R]
+    m: Any  # float32 [1, 1, C, 128] if logits are compact, else [1, 1, 1, R]
     at: Any  # int32, likewise
-    m_lanes: Any  # float32 [P, 128], the running maximum of each lane
-    at_lanes: Any  # int32 [P, 128], its first position
-    bounds: Any = None  # int32 [2, P, 128], the windows where queries have their own
+    m_lanes: Any  # float32 [C, 128], the running maximum of each lane
+    at_lanes: Any  # int32 [C, 128], its first position
+    bounds: Any = None  # int32 [2, C, 128], the windows where queries have their own
 
 
 class RunningMaximum:
     """The running maximum of each lane, its first position, and its tangent if asked for.
 
-    Its refs are [P, 128]; the refs of the results are as in `MaximumRefs`.
+    Its refs are [C, 128]; the refs of the results are as in `MaximumRefs`.
     """
 
     def __init__(self, m_ref: Any, at_ref: Any, dot_ref: Any = None) -> None:
@@ -84,7 +84,7 @@ class RunningMaximum:
 
 
 def as_row(x: jax.Array) -> jax.Array:
-    """[P, 1] to [1, P]."""
+    """[C, 1] to [1, C]."""
     return jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]
 
 

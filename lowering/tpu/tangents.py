@@ -10,7 +10,7 @@ cancels. The kernel has the sums; XLA combines lanes and cores, divides by l and
 
     query, q_dot [R, D]    keys, k_dot (block)    values, v_dot (block)
             |                     |                       |
-            +------ products -----+--> p, z_dot [P, 128] -+--> sum [R, Dv], z_sum, m, at, m_dot
+            +------ products -----+--> p, z_dot [C, 128] -+--> sum [R, Dv], z_sum, m, at, m_dot
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ from jax_ragged.lowering.tpu.tiles import (
 class TangentRefs:
     """The refs of the kernel; results and scratch by lane are as in `MaximumRefs`."""
 
-    m_in: Any  # float32 [1, P, 128], the maxima over KernelPlan.unit
+    m_in: Any  # float32 [1, C, 128], the maxima over KernelPlan.unit
     query: Any  # [1, R, D]
     key: CacheBlock  # a block of keys
     out: Any  # float32 [1, 1, R, Dv], sum p z_dot v + p v_dot
@@ -63,15 +63,15 @@ class TangentRefs:
     at: Any  # int32, its position
     m_dot: Any  # float32, its tangent
     sum: Any  # float32 [R, Dv], or [pieces R, 128]: `sum_shape`
-    z_sum_lanes: Any  # float32 [P, 128]
-    m_lanes: Any  # float32 [P, 128]
-    at_lanes: Any  # int32 [P, 128]
-    m_dot_lanes: Any  # float32 [P, 128]
+    z_sum_lanes: Any  # float32 [C, 128]
+    m_lanes: Any  # float32 [C, 128]
+    at_lanes: Any  # int32 [C, 128]
+    m_dot_lanes: Any  # float32 [C, 128]
     value: CacheBlock | None = None  # a block of values
     query_dot: Any = None  # [1, R, D]
     key_dot: CacheBlock | None = None  # as key
     value_dot: CacheBlock | None = None  # as value
-    bounds: Any = None  # int32 [2, P, 128], the windows where queries have their own
+    bounds: Any = None  # int32 [2, C, 128], the windows where queries have their own
 
 
 def _kernel(step: Step, refs: TangentRefs, plan: KernelPlan) -> None:

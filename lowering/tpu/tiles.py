@@ -1,12 +1,13 @@
 """Chunks of a block in registers: loads, masks, and the products with query rows.
 
-R query rows are pairs of a head and a query; the heads of one key head stand together, `head_rows`
-of them. Columns are the entries of a chunk in the order of its layout. Where heads are interleaved,
-one product multiplies all heads with all, and a column is of use to the rows of its own head only:
+A *row* here is a row of logits: one of the R query rows, pairs of a head and a query. The rows of
+one key head stand together, `head_rows` of them. A *column* is a column of logits: an entry of a
+chunk, in the order of the chunk's layout. A *token* is a position of the cache. Where heads are
+interleaved, one product multiplies all heads with all, and a column is of use to its own head only:
 
                   columns (token, head)
                   t0h0 t0h1 t1h0 t1h1 ..                        t0h0 t0h1 t1h0 t1h1
-    rows of h0  [  x    .    x    .   ..]   compact_heads    [   x    x    x    x  ..]   P rows
+    rows of h0  [  x    .    x    .   ..]   compact_heads    [   x    x    x    x  ..]   C rows
     rows of h1  [  .    x    .    x   ..]   ------------->       h0   h1   h0   h1
                                             <-------------
                      R rows                  spread_heads
@@ -132,7 +133,7 @@ class WindowMask:
     def __init__(
         self, plan: KernelPlan, lo: jax.Array, hi: jax.Array, block_start: jax.Array
     ) -> None:
-        """Takes lo and hi as scalars, or [P, 128] where queries have windows of their own."""
+        """Takes lo and hi as scalars, or [C, 128] where queries have windows of their own."""
         self._plan, self._lo, self._hi, self._start = plan, lo, hi, block_start
 
     def mask(self, layout: CacheForm, j: jax.Array, index: int, rows: int) -> jax.Array:
@@ -166,7 +167,7 @@ class WindowMask:
         """1.0 where any row's window has the column, with columns along axis."""
         found = []
         for index in range(shape[axis] // LANES):
-            inside = jnp.where(self.mask(layout, j, index, self._plan.P), 1.0, 0.0)
+            inside = jnp.where(self.mask(layout, j, index, self._plan.compact_rows), 1.0, 0.0)
             inside = inside.max(axis=0, keepdims=True)
             rows = shape[0] if axis == 1 else LANES
             inside = jnp.broadcast_to(inside, (rows, LANES))
@@ -175,29 +176,30 @@ class WindowMask:
 
 
 def compact_heads(plan: KernelPlan, x: jax.Array) -> jax.Array:
-    """Selects the logits of each column's own head: [R, 128] to [P, 128].
+    """Selects the logits of each column's own head: [R, 128] to [C, 128].
 
     A column is of one head alone, so in the rows of all other heads its logits are of no use.
-    Selecting the row blocks by column leaves R / P times less to mask, exponentiate and sum.
+    The R rows are cut into sets of C rows, and each column is taken from the set of its head. That
+    leaves R / C times less to mask, exponentiate and sum.
     """
-    P, columns = plan.P, plan.key.columns
-    heads = P // plan.head_rows
-    column = column_by_lane(P, 0, columns)
-    z = x[:P]
+    rows, columns = plan.compact_rows, plan.key.columns
+    heads = rows // plan.head_rows
+    column = column_by_lane(rows, 0, columns)
+    z = x[:rows]
     for first in range(heads, plan.key.heads, heads):
         i = first // heads
-        z = jnp.where(column >= first, x[i * P : (i + 1) * P], z)
+        z = jnp.where(column >= first, x[i * rows : (i + 1) * rows], z)
     return z
 
 
 def spread_heads(plan: KernelPlan, p: jax.Array) -> jax.Array:
-    """The inverse of `compact_heads`: [P, 128] to [R, 128], 0 where a column is of another head."""
+    """The inverse of `compact_heads`: [C, 128] to [R, 128], 0 where a column is of another head."""
     if not plan.compact or plan.key.columns == 1:
         return p
     return jnp.concatenate(
         [
-            jnp.where(own_head(plan, plan.key, 0, first, plan.P), p, 0.0)
-            for first in range(0, plan.rows, plan.P)
+            jnp.where(own_head(plan, plan.key, 0, first, plan.compact_rows), p, 0.0)
+            for first in range(0, plan.rows, plan.compact_rows)
         ],
         axis=0,
     )
@@ -209,10 +211,10 @@ def mask_logits(
     key, masks = plan.key, []
     if not plan.compact and key.columns > 1:
         masks.append(own_head(plan, key, index))
-    if plan.compact and (plan.P > plan.head_rows or key.pieces > 1):
-        # Row block i of the compact rows holds the heads i, i + n, ... of the n of P rows.
-        heads = plan.P // plan.head_rows
-        column = column_by_lane(plan.P, 0, key.columns)
+    if plan.compact and (plan.compact_rows > plan.head_rows or key.pieces > 1):
+        # The compact rows have the n heads of each set, so their i-th hold the heads i, i + n, ...
+        heads = plan.compact_rows // plan.head_rows
+        column = column_by_lane(plan.compact_rows, 0, key.columns)
         row = lax.broadcasted_iota(jnp.int32, z.shape, 0)
         own = remainder(column, heads) == quotient(row, plan.head_rows)
         masks.append(own & (column < key.heads) if key.pieces > 1 else own)
@@ -283,7 +285,7 @@ def products(
       heads: those whose query rows are taken, None for all.
 
     Returns:
-      [P, 128] for each 128 columns, or [rows of heads, 128].
+      [C, 128] for each 128 columns, or [rows of heads, 128].
     """
     layout = cache.layout
     own = dataclasses.replace(plan, key=layout)
@@ -332,7 +334,7 @@ def _scale_by_row(scale: jax.Array, plan: KernelPlan, heads: range | None) -> ja
 
 
 def _scale_by_column(scale: jax.Array, plan: KernelPlan, n: int, *, by_token: bool) -> Slices:
-    """The scales of the tokens and heads of n times 128 columns: [P, 128] or [1, 128] each.
+    """The scales of the tokens and heads of n times 128 columns: [C, 128] or [1, 128] each.
 
     A gather moves lanes within sublanes, and costs most here. So eight heads stand in the sublanes,
     and others in lanes between them, so that one gather finds the scales of all heads:
@@ -506,8 +508,8 @@ def rows_of_chunk(n: int, j: jax.Array | int) -> Any:
 def token_rows(ref: Any, layout: CacheForm, plan: KernelPlan, j: jax.Array | int) -> jax.Array:
     """The rows of chunk j in the form TOKENS.
 
-    Bytes are loaded as words: XLA's tiles of 8 rows of bytes fill a quarter of a register, and
-    Mosaic would widen each by itself.
+    Bytes are loaded as words: XLA keeps 8 rows of bytes together, a quarter of a register, and
+    Mosaic would load and widen each quarter by itself.
     """
     n = plan.blocks.chunk * layout.rows_per_token
     if layout.packing == 4 and interpret_mode() is None:
