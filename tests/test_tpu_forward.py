@@ -19,7 +19,7 @@ from jax_ragged import RaggedAttention, Unsupported, ragged_attention
 from jax_ragged.lowering import contract
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.params import RaggedAttentionParams
-from jax_ragged.lowering.tpu import choice, forward, tiles
+from jax_ragged.lowering.tpu import choice, chunks, forward
 from jax_ragged.lowering.tpu.chips import chip_of
 from jax_ragged.lowering.tpu.cost import Blocks
 from jax_ragged.lowering.tpu.grid import WorkList
@@ -237,7 +237,7 @@ def test_strided_words(H: int, D: int) -> None:
     def kernel(x_ref: Any, out_ref: Any) -> None:
         plan: Any = SimpleNamespace(blocks=Blocks(S, chunk, 0))
         for j, head in itertools.product(range(S // chunk), range(H)):
-            block = tiles.head_block(x_ref, layout, plan, j, head)
+            block = chunks.head_block(x_ref, layout, plan, j, head)
             out_ref[head, pl.ds(j * chunk, chunk)] = block.astype(out_ref.dtype)
 
     shape = jax.ShapeDtypeStruct((H, S, D), jnp.bfloat16)
@@ -259,7 +259,7 @@ def test_rows_of_bytes(H: int) -> None:
     def kernel(x_ref: Any, out_ref: Any) -> None:
         plan: Any = SimpleNamespace(blocks=Blocks(S, chunk, 0))
         for j in range(S // chunk):
-            rows = tiles.token_rows(x_ref, layout, plan, j)
+            rows = chunks.token_rows(x_ref, layout, plan, j)
             out_ref[pl.ds(j * chunk * H, chunk * H)] = rows
 
     shape = jax.ShapeDtypeStruct((S * H, D), jnp.int8)

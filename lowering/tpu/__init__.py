@@ -5,7 +5,7 @@ A call passes through these modules, in this order:
     choice    sizes, the reading of the cache and the blocks, by the model in `cost` (`chips`)
     launch    grid, operands and results of one kernel; `grid` says which step does which block
     forward, tangents, cotangents, maximum    the kernels, each beside its call
-    logits, tiles    the logits of a chunk; loads, masks and products, in the orders of `layout`
+    logits, chunks    the logits of a chunk; loads, masks and products, in the orders of `layout`
 
 Every kernel walks tiles: the queries of one row of the cache that a step computes together.
 """

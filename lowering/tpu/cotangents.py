@@ -49,13 +49,7 @@ from jax_ragged.lowering.tpu.choice import (
     readings,
     with_advice,
 )
-from jax_ragged.lowering.tpu.cost import DERIVATIVE_BYTES, Work
-from jax_ragged.lowering.tpu.grid import Step
-from jax_ragged.lowering.tpu.launch import Launch, Saved, rows_of
-from jax_ragged.lowering.tpu.layout import LANES, CacheForm, Form
-from jax_ragged.lowering.tpu.logits import Logits, where_any
-from jax_ragged.lowering.tpu.maximum import first_maximum, maximum_work
-from jax_ragged.lowering.tpu.tiles import (
+from jax_ragged.lowering.tpu.chunks import (
     CacheBlock,
     Slices,
     WindowMask,
@@ -72,6 +66,12 @@ from jax_ragged.lowering.tpu.tiles import (
     weighted,
     weights_of,
 )
+from jax_ragged.lowering.tpu.cost import DERIVATIVE_BYTES, Work
+from jax_ragged.lowering.tpu.grid import Step
+from jax_ragged.lowering.tpu.launch import Launch, Saved, rows_of
+from jax_ragged.lowering.tpu.layout import LANES, CacheForm, Form
+from jax_ragged.lowering.tpu.logits import Logits, where_any
+from jax_ragged.lowering.tpu.maximum import first_maximum, maximum_work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _packed(x: Slices) -> jax.Array:
 def _store_words(
     ref: Any, layout: CacheForm, plan: KernelPlan, j: Any, word: int, x: jax.Array
 ) -> None:
-    """Writes one of the words of each token of chunk j, the inverse of how `tiles` reads them."""
+    """Writes one of the words of each token of chunk j, the inverse of how `chunks` reads them."""
     n, stride = plan.blocks.chunk, layout.stride
     if layout.packing > 1 and interpret_mode() is not None:
         # The interpreter knows no views of a ref in another dtype.

@@ -41,12 +41,7 @@ from jax_ragged.lowering.tpu.choice import (
     readings,
     with_advice,
 )
-from jax_ragged.lowering.tpu.cost import VMEM_MOST
-from jax_ragged.lowering.tpu.grid import Results, Step, complete
-from jax_ragged.lowering.tpu.launch import Launch, from_rows
-from jax_ragged.lowering.tpu.layout import LANES
-from jax_ragged.lowering.tpu.logits import Logits
-from jax_ragged.lowering.tpu.tiles import (
+from jax_ragged.lowering.tpu.chunks import (
     CacheBlock,
     Slices,
     WindowMask,
@@ -57,6 +52,11 @@ from jax_ragged.lowering.tpu.tiles import (
     weighted,
     weights_of,
 )
+from jax_ragged.lowering.tpu.cost import VMEM_MOST
+from jax_ragged.lowering.tpu.grid import Results, Step, complete
+from jax_ragged.lowering.tpu.launch import Launch, from_rows
+from jax_ragged.lowering.tpu.layout import LANES
+from jax_ragged.lowering.tpu.logits import Logits
 
 # The maximum of nothing: finite, so that exp(-inf - LOWEST) is 0 and not NaN.
 LOWEST = float(jnp.finfo(jnp.float32).min)

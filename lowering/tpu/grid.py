@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jax_ragged.lowering.tpu.choice import KernelPlan
-from jax_ragged.lowering.tpu.tiles import WindowMask, quotient, remainder
+from jax_ragged.lowering.tpu.chunks import WindowMask, quotient, remainder
 
 # As scalars of the kernel, in this order.
 SCALARS = 7

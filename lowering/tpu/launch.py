@@ -27,9 +27,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax_ragged.lowering.contract import Operands, Residuals
 from jax_ragged.lowering.sharding import result_type
 from jax_ragged.lowering.tpu.choice import Choice, KernelPlan, Sizes
+from jax_ragged.lowering.tpu.chunks import CacheBlock, quotient, remainder
 from jax_ragged.lowering.tpu.grid import SCALARS, Step, Walk, WorkList
 from jax_ragged.lowering.tpu.layout import LANES, CacheForm, tokens_in_lanes
-from jax_ragged.lowering.tpu.tiles import CacheBlock, quotient, remainder
 
 Refs = TypeVar("Refs")
 # Pages of a block up to which their copies stand one after the other in the kernel's code.

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ragged.lowering.tpu.choice import LOG2_E, KernelPlan
-from jax_ragged.lowering.tpu.layout import LANES
-from jax_ragged.lowering.tpu.tiles import (
+from jax_ragged.lowering.tpu.chunks import (
     CacheBlock,
     Slices,
     WindowMask,
@@ -24,6 +23,7 @@ from jax_ragged.lowering.tpu.tiles import (
     products,
     token_by_lane,
 )
+from jax_ragged.lowering.tpu.layout import LANES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,12 @@ from jax.experimental import pallas as pl
 
 from jax_ragged.lowering.contract import Residuals
 from jax_ragged.lowering.tpu.choice import Choice, KernelPlan, Sizes
+from jax_ragged.lowering.tpu.chunks import CacheBlock, Slices, WindowMask
 from jax_ragged.lowering.tpu.cost import DERIVATIVE_BYTES, Work
 from jax_ragged.lowering.tpu.grid import Step
 from jax_ragged.lowering.tpu.launch import NOWHERE, Launch, from_rows
 from jax_ragged.lowering.tpu.layout import LANES
 from jax_ragged.lowering.tpu.logits import Logits
-from jax_ragged.lowering.tpu.tiles import CacheBlock, Slices, WindowMask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,12 +33,7 @@ from jax_ragged.lowering.tpu.choice import (
     readings,
     with_advice,
 )
-from jax_ragged.lowering.tpu.cost import DERIVATIVE_BYTES, Work
-from jax_ragged.lowering.tpu.grid import Step
-from jax_ragged.lowering.tpu.launch import Launch, Saved, from_rows, lanes_by_row
-from jax_ragged.lowering.tpu.logits import Logits, where_any
-from jax_ragged.lowering.tpu.maximum import RunningMaximum, as_row
-from jax_ragged.lowering.tpu.tiles import (
+from jax_ragged.lowering.tpu.chunks import (
     CacheBlock,
     Slices,
     WindowMask,
@@ -48,6 +43,11 @@ from jax_ragged.lowering.tpu.tiles import (
     weighted,
     weights_of,
 )
+from jax_ragged.lowering.tpu.cost import DERIVATIVE_BYTES, Work
+from jax_ragged.lowering.tpu.grid import Step
+from jax_ragged.lowering.tpu.launch import Launch, Saved, from_rows, lanes_by_row
+from jax_ragged.lowering.tpu.logits import Logits, where_any
+from jax_ragged.lowering.tpu.maximum import RunningMaximum, as_row
 
 
 @dataclasses.dataclass(frozen=True)
