@@ -116,19 +116,28 @@ def x64() -> Iterator[None]:
 @pytest.fixture
 def products_of_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces matrix products of an operand in registers, which JAX's GPU interpreter lacks."""
-    from jax_ragged.lowering.gpu import teams, tile  # Pallas, for the tests that need it
+    # Pallas, for the tests that need it.
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from jax_ragged.lowering.gpu import teams, tile
 
     def product(a: Any, b: Any) -> jax.Array:
-        return jnp.dot(*(x[...].astype("float32") for x in (a, b)))
+        factors = [x[...].astype("float32") for x in (a, b)]
+        plgpu.commit_smem()  # The hardware's product reads as the copy engine writes.
+        return jnp.dot(*factors)
 
     def add_product(total: jax.Array, p: jax.Array, ref: Any) -> jax.Array:
         return total + product(p, ref)
 
+    own = tile.product
+
     def products(
-        _: Any, *terms: Any, dtype: Any = jnp.float32, meanwhile: Any = lambda: None
+        shape: Any, *terms: Any, meanwhile: Any = lambda: None, **options: Any
     ) -> tuple[jax.Array, Any]:
+        if not any(isinstance(a, jax.Array) for a, _ in terms):
+            return own(shape, *terms, meanwhile=meanwhile, **options)
         total = functools.reduce(jnp.add, (product(*x) for x in terms))
-        return total.astype(dtype), meanwhile()
+        return total, meanwhile()
 
     monkeypatch.setattr(tile, "product", products)
     monkeypatch.setattr(teams, "_add_product", add_product)

@@ -280,8 +280,11 @@ class TestInterpreted:
     It multiplies with numpy, which warns of the NaN outside of the windows.
     """
 
-    def _run(self, case: Case, schedule: Callable[..., Any]) -> None:
-        """Runs a schedule, given the plan's arguments and then the kernel's, on a case."""
+    def _run(self, case: Case, schedule: Callable[..., Any], races: bool = True) -> None:
+        """Runs a schedule, given the plan's arguments and then the kernel's, on a case.
+
+        With `races`, it fails if threads and the copy engine do not wait for one another.
+        """
         case = dataclasses.replace(case, dtype="bfloat16")
         operands = case.operands()
         query, key, value, lengths, starts = poison(operands)
@@ -294,7 +297,7 @@ class TestInterpreted:
         # On a machine with a GPU the interpreter's callbacks would wait for one another.
         with jax.default_device(jax.devices("cpu")[0]):
             arrays = contract.Operands(*map(jnp.asarray, (query, key, value, *bounds)))
-            interpret: Any = vars(plgpu)["InterpretGPUParams"]()
+            interpret: Any = vars(plgpu)["InterpretGPUParams"](detect_races=races)
             results = schedule((arrays, params), (arrays, interpret))
         _assert_results([x.reshape(*rows, *x.shape[2:]) for x in results], case, operands)
 
@@ -350,7 +353,8 @@ class TestInterpreted:
             assert results[0].dtype == out_dtype
             return results
 
-        self._run(case, schedule)
+        # Both warpgroups of a team write the same zeros, which the detector cannot know.
+        self._run(case, schedule, races=False)
 
 
 @pytest.mark.gpu

@@ -119,9 +119,9 @@ def _count_blocks(plan: Plan, tables: Tables, counts: Any, line: int) -> None:
 
 
 def _write_split(plan: Plan, refs: Refs, tables: Tables, part: Part) -> None:
-    """Tells the merging kernel which tile is cut before a part. All columns of a line agree."""
+    """Tells the merging kernel which tile is cut before a part: the first column of a line does."""
 
-    @pl.when(part.number < plan.parts)
+    @pl.when((part.number < plan.parts) & (part.column.number < plan.lines))
     def _() -> None:
         row, segments = split_before(plan, tables, part)
         refs.splits[0, part.column.line, part.number] = row
