@@ -8,7 +8,6 @@ the first factor of the product with the values:
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -43,7 +42,7 @@ def block(
     """Takes one block into the state: a step of the streaming softmax."""
     assert key_unit is None
     stream, slot, first = place.stream, place.slot, place.first
-    edge = (first < windows.inner_low) | (first + plan.T > windows.inner_high)
+    edge = windows.cut(first, plan.T)
 
     plgpu.barrier_wait(refs.key_full.at[slot])
     factors = refs.query_tiles.at[stream], refs.key_blocks.at[slot].transpose((1, 0))
@@ -65,9 +64,7 @@ def block(
         values = refs.value_blocks.at[slot, :, columns]
         return tile.product((WGMMA_ROWS, plan.chunk), (p, values))[0]
 
-    sums = tuple(
-        x * down_rows(correction, x.shape) + of_values(i) for i, x in enumerate(state.sums)
-    )
+    sums = tuple(times(x, correction) + of_values(i) for i, x in enumerate(state.sums))
     plgpu.barrier_arrive(refs.value_free.at[slot])
     return State(sums, *softmax)
 
@@ -82,18 +79,15 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     return x * down_rows(factor, x.shape)
 
 
-def stage(plan: Plan, staging: Any, sums: tuple[jax.Array, ...]) -> Iterator[tuple[int, Any]]:
-    """Writes sums [64, chunk] to shared memory [64, staged].
+def write(plan: Plan, staging: Any, sums: tuple[jax.Array, ...], column: int) -> Any:
+    """Writes the staged columns of sums [64, chunk] to shared memory [64, staged].
 
-    Yields the first column of what is there, and its ref, to be copied from there.
+    Returns:
+      The ref of the tile's rows there.
     """
-    for column in range(0, plan.value_columns, plan.staged):
-        if column > 0:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        number, offset = divmod(column, plan.chunk)
-        staging[...] = sums[number][:, offset : offset + plan.staged].astype(staging.dtype)
-        plgpu.commit_smem()
-        yield column, staging.at[pl.ds(0, plan.tile_rows)]
+    number, offset = divmod(column, plan.chunk)
+    staging[...] = sums[number][:, offset : offset + plan.staged].astype(staging.dtype)
+    return staging.at[pl.ds(0, plan.tile_rows)]
 
 
 def scratch_types(plan: Plan) -> dict[str, Any]:

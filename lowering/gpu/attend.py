@@ -1,6 +1,7 @@
 """The kernel for few queries: in each stream a warpgroup copies, and another computes."""
 
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -248,7 +249,7 @@ def _store_results(
     maximum = max_logits(state.maximum, plan.params.mask_value)
     _stage_statistics(plan, refs, stream, maximum, denominator)
     sums = tuple(of_tile.times(x, factor) for x in state.sums)
-    for column, x in of_tile.stage(plan, staging.at[stream], sums):
+    for column, x in _stage(plan, staging.at[stream], sums):
         unit = swizzle_columns(plan.staged_unit, plan.out_dtype)
         columns = overhanging(column, plan.staged, unit, segment.index)
         plgpu.copy_smem_to_gmem(x, refs.out.at[segment.row, place.number, rows, columns])
@@ -262,7 +263,7 @@ def _store_partial(plan: Plan, refs: Refs, stream: Any, partial: Any, state: Sta
     of_tile = _tile(plan)
     denominator = of_tile.denominator(plan, refs, stream, state)
     _stage_statistics(plan, refs, stream, state.maximum, denominator)
-    for column, x in of_tile.stage(plan, refs.sum_tiles.at[stream], state.sums):
+    for column, x in _stage(plan, refs.sum_tiles.at[stream], state.sums):
         columns = pl.ds(column, plan.staged)
         plgpu.copy_smem_to_gmem(x, refs.accumulators.at[partial, :, columns])
     for i, ref in enumerate((refs.maxima, refs.denominators)):
@@ -270,8 +271,21 @@ def _store_partial(plan: Plan, refs: Refs, stream: Any, partial: Any, state: Sta
         plgpu.copy_smem_to_gmem(of_rows, ref.at[partial])
 
 
+def _stage(plan: Plan, staging: Any, sums: Any) -> Iterator[tuple[int, Any]]:
+    """Writes sums to shared memory, as many columns as have room there at a time.
+
+    Yields the first column and the ref [tile_rows, staged] that holds the columns, to be copied.
+    """
+    for column in range(0, plan.value_columns, plan.staged):
+        if column > 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        staged = _tile(plan).write(plan, staging, sums, column)
+        plgpu.commit_smem()
+        yield column, staged
+
+
 def _stage_statistics(plan: Plan, refs: Refs, stream: Any, *statistics: Any) -> None:
-    """Writes the maximum and the denominator to shared memory, which `stage` commits."""
+    """Writes the maximum and the denominator to shared memory, which `_stage` commits."""
     for i, x in enumerate(statistics):
         refs.statistics[stream, i, pl.ds(0, plan.padded_rows)] = x
 

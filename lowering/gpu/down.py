@@ -13,7 +13,7 @@ maximum, and each sums the weights of its own positions.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from jax_ragged.lowering.gpu import tile
 from jax_ragged.lowering.gpu.forms import SCALED_HEADS
 from jax_ragged.lowering.gpu.launch import Refs, shared_rows
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, Plan, chunk
-from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, down_rows, logits
+from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, down_rows, logits, masked, raised
 from jax_ragged.lowering.gpu.tile import BlockPlace, State, Windows, windows_around
 
 # A number of at most 2^22 is rounded by adding and subtracting this, whose unit is 1.
@@ -67,7 +67,7 @@ def block(
 ) -> State:
     """Takes one block into the state: a step of the streaming softmax, see `softmax`."""
     stream, slot, first = place.stream, place.slot, place.first
-    edge = (first < windows.inner_low) | (first + plan.T > windows.inner_high)
+    edge = windows.cut(first, plan.T)
 
     plgpu.barrier_wait(refs.key_full.at[slot])
     early = plan.form.value.narrow is not None
@@ -81,11 +81,10 @@ def block(
     plgpu.barrier_arrive(refs.key_free.at[slot])
     pl.when(place.last)(lambda: plgpu.barrier_arrive(refs.query_free.at[stream]))
 
-    z = logits(plan.params, products, key_unit, axis=0)
-    z = lax.cond(edge, functools.partial(_masked, windows, first), lambda z: z, z)
-    maximum = jnp.maximum(state.maximum, _over_positions(refs, stream, z, jnp.max))
-    shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-    correction = jnp.exp2(state.maximum - shift)
+    z = logits(plan.params, products, key_unit)
+    z = lax.cond(edge, lambda z: masked(z, first, windows.low, windows.high, 1), lambda z: z, z)
+    highest = _over_positions(refs, stream, z, jnp.max)
+    maximum, shift, correction = raised(state.maximum, highest)
     p = jnp.exp2(z - _along_rows(shift, z.shape))
     denominators = state.denominators * _along_rows(correction, state.denominators.shape)
     for i in range(0, plan.T, WGMMA_ROWS):
@@ -143,15 +142,6 @@ def _over_positions(
     return reduction(everything, axis=0)
 
 
-def _masked(windows: Windows, first: Any, z: jax.Array) -> jax.Array:
-    """Replaces the logits [T, tile_rows] that lie outside of the rows' windows by -inf."""
-    position = first + plgpu.broadcasted_iota(jnp.int32, z.shape, 0, layout=TILE)
-    low, high = windows.low, windows.high
-    if jnp.ndim(low) == 1:
-        low, high = _along_rows(low, z.shape), _along_rows(high, z.shape)
-    return jnp.where((position >= low) & (position < high), z, -jnp.inf)
-
-
 def _wide(x: jax.Array, dtype: Any) -> jax.Array:
     """Quantised numbers in a dtype of 16 bits, exactly."""
     if jnp.issubdtype(x.dtype, jnp.floating):
@@ -176,7 +166,7 @@ def prepare(plan: Plan, refs: Refs, stream: Any) -> None:
     query = query.astype(jnp.float32)
     largest = jnp.abs(query).max(axis=1)
     # In the bits of a float32, the exponent stands above 23 bits of fraction: rounded up, less 20,
-    # and at least that of the smallest normal number. 254 less it is the exponent of the inverse.
+    # and at least the smallest normal number's. 254 less it is the exponent of the inverse.
     bits = lax.bitcast_convert_type(largest, jnp.int32)
     bits = jnp.maximum(((bits + 0x7FFFFF) & 0x7F800000) - (20 << 23), 1 << 23)
     unit_of_query = lax.bitcast_convert_type(bits, jnp.float32)
@@ -254,21 +244,18 @@ def _own_scales(plan: Plan, refs: Refs, name: str, place: BlockPlace) -> jax.Arr
     return jnp.where(own, scales, 0.0).sum(axis=1)
 
 
-def stage(plan: Plan, staging: Any, sums: tuple[jax.Array, ...]) -> Iterator[tuple[int, Any]]:
-    """Writes sums [chunk, tile_rows] to shared memory [tile_rows, staged], transposed.
+def write(plan: Plan, staging: Any, sums: tuple[jax.Array, ...], column: int) -> Any:
+    """Writes the staged columns of sums [chunk, tile_rows] to shared memory, transposed.
 
-    Yields the first column of what is there, and its ref, to be copied from there.
+    Returns:
+      The ref of the tile's rows there, [tile_rows, staged].
     """
-    for column in range(0, plan.value_columns, plan.staged):
-        if column > 0:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for offset in range(0, plan.staged, WGMMA_ROWS):
-            number, row = divmod(column + offset, plan.chunk)
-            x = sums[number][row : row + WGMMA_ROWS].astype(staging.dtype)
-            part = staging.at[:, pl.ds(offset, WGMMA_ROWS)]
-            part.transpose((1, 0))[...] = plgpu.layout_cast(x, _TRANSPOSED)
-        plgpu.commit_smem()
-        yield column, staging
+    for offset in range(0, plan.staged, WGMMA_ROWS):
+        number, row = divmod(column + offset, plan.chunk)
+        x = sums[number][row : row + WGMMA_ROWS].astype(staging.dtype)
+        part = staging.at[:, pl.ds(offset, WGMMA_ROWS)]
+        part.transpose((1, 0))[...] = plgpu.layout_cast(x, _TRANSPOSED)
+    return staging
 
 
 def _zeroed(plan: Plan, windows: Windows, first: Any, unit: jax.Array) -> jax.Array:

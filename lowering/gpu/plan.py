@@ -25,9 +25,9 @@ MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
 # Of shared memory, for the tables, if they fit.
 _TABLES_BYTES = 16 * 1024
-# Rows of a tile whose logits stand across.
+# The most rows of a dense tile whose logits have the positions down.
 _FEW_ROWS = 16
-# Results that a stream copies out at once, if a tile has more than 64 columns.
+# The most results of a tile that a stream copies out at once where positions are down.
 _STAGED = 4 * 1024
 # Bytes of keys and values that a stream has in flight. More make it slower: 16 rows of S = 16384
 # with 16/1 heads take 25.2 us with 128 KiB, 23.9 with 64.
@@ -149,12 +149,17 @@ class Plan:
 
     @property
     def positions_down(self) -> bool:
-        """Whether a tile's logits have the positions down and the rows across: see `down`."""
-        return positions_down(self.form, self.tile_rows)
+        """Whether a tile's logits have the positions down and the rows across: see `down`.
+
+        Quantised blocks are always computed so. Others of many rows take longer: all in us on an
+        H200, B16 S8192 32/8/128 with 8 queries, 32 rows, 82.8 for 74.5, and with 16 queries 160.9
+        for 83.9.
+        """
+        return self.form.narrow or self.tile_rows <= _FEW_ROWS
 
     @property
     def padded_rows(self) -> int:
-        """The rows of a tile in shared memory: where they are those of a matrix product, 64."""
+        """The rows of a tile in shared memory: 64 where they are a matrix product's rows."""
         return self.tile_rows if self.positions_down else WGMMA_ROWS
 
     @property
@@ -240,15 +245,6 @@ def chunk(columns: int, dtype: Any) -> int:
     units = columns // swizzle_columns(columns, dtype)
     sizes = (columns // n for n in range(1, units + 1) if units % n == 0)
     return next(size for size in sizes if size <= _CHUNK)
-
-
-def positions_down(form: Form, tile_rows: int) -> bool:
-    """Whether the logits of tiles of so many rows have the positions down: see `down`.
-
-    Quantised blocks are always computed so. Others of many rows take longer: all in us on an H200,
-    B16 S8192 32/8/128 with 8 queries, 32 rows, 82.8 for 74.5, and with 16 queries 160.9 for 83.9.
-    """
-    return form.narrow or tile_rows <= _FEW_ROWS
 
 
 def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any) -> Plan:

@@ -63,26 +63,24 @@ def down_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def logits(
-    params: RaggedAttentionParams, dots: jax.Array, unit: Any = None, axis: int = 1
-) -> jax.Array:
-    """Computes logits in units of log 2 from products <q, k>, whose positions lie along an axis.
+def logits(params: RaggedAttentionParams, dots: jax.Array, unit: Any = None) -> jax.Array:
+    """Computes logits in units of log 2 from products <q, k>.
 
-    `unit` is the scale of quantised keys, a number or one for each position [T]; or None.
+    `unit` is the scale of quantised keys, a number, or one for each position [T] of products
+    [T, rows]; or None.
     """
     if params.logits_soft_cap is None:
-        return _in_units(dots, unit, params.softmax_scale * LOG2_E, axis)
-    products = _in_units(dots, unit, 1.0, axis)
-    return capped(params.logits_soft_cap, cap_remainder(params, products))
+        return _in_units(dots, unit, params.softmax_scale * LOG2_E)
+    return capped(params.logits_soft_cap, cap_remainder(params, _in_units(dots, unit, 1.0)))
 
 
-def _in_units(dots: jax.Array, unit: Any, factor: float, axis: int) -> jax.Array:
+def _in_units(dots: jax.Array, unit: Any, factor: float) -> jax.Array:
     """Multiplies products by a factor, and by the keys' unit as `logits` has it."""
     if unit is None:
         return dots * factor
     units = unit * factor
     if units.ndim == 1:
-        units = lax.broadcast_in_dim(units, dots.shape, [axis])
+        units = down_rows(units, dots.shape)
     product: jax.Array = dots * units
     return product
 
@@ -99,19 +97,31 @@ def capped(cap: float, remainder: jax.Array) -> jax.Array:
     return cap * LOG2_E - (2 * cap * LOG2_E) * remainder
 
 
-def masked(x: jax.Array, first: Any, low: jax.Array, high: jax.Array) -> jax.Array:
-    """Replaces what lies outside of the rows' windows by -inf.
+def masked(x: jax.Array, first: Any, low: jax.Array, high: jax.Array, axis: int = 0) -> jax.Array:
+    """Replaces logits outside of the rows' windows by -inf.
 
     Args:
-      x: [rows, T], of the positions from `first` on.
+      x: [rows, T], or [T, rows], of the positions from `first` on.
       first: a position.
       low: the first position of each row's window, [rows]; a scalar if all have the same.
       high: the end of each row's window, exclusive, like low.
+      axis: of x along which the rows lie.
     """
-    position = first + plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE)
+    position = first + plgpu.broadcasted_iota(jnp.int32, x.shape, 1 - axis, layout=TILE)
     if jnp.ndim(low) == 1:
-        low, high = down_rows(low, x.shape), down_rows(high, x.shape)
+        low, high = (lax.broadcast_in_dim(limit, x.shape, [axis]) for limit in (low, high))
     return jnp.where((position >= low) & (position < high), x, -jnp.inf)
+
+
+def raised(maximum: jax.Array, highest: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Takes the highest logits of a block into the maximum m.
+
+    Returns:
+      m', the number that stands for it in differences, and the factor c, in the rows' shape.
+    """
+    following = jnp.maximum(maximum, highest)
+    shift = jnp.where(following == -jnp.inf, 0.0, following)
+    return following, shift, jnp.exp2(maximum - shift)
 
 
 def update(
@@ -131,9 +141,8 @@ def update(
     """
     scale = 1.0 if scaled else params.softmax_scale * LOG2_E
     highest = x.max(axis=1)
-    maximum = jnp.maximum(state.maximum, highest if scaled else highest * scale)
-    shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-    correction = jnp.exp2(state.maximum - shift)
+    highest = highest if scaled else highest * scale
+    maximum, shift, correction = raised(state.maximum, highest)
     shifts = down_rows(shift, x.shape)
     p = jnp.exp2(x - shifts if scaled else x * scale - shifts)
     denominator = state.denominator * correction + p.sum(axis=1)

@@ -1,4 +1,4 @@
-"""What both ways of computing a tile share: where its blocks are, its windows, matrix products."""
+"""A tile's windows, blocks and matrix products, which both ways of computing it share."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,6 +33,10 @@ class Windows:
     inner_high: Any
     low_ref: Any = None
     high_ref: Any = None
+
+    def cut(self, first: Any, T: int) -> Any:
+        """Whether some window does not hold all of the T positions from `first` on."""
+        return (first < self.inner_low) | (first + T > self.inner_high)
 
 
 class BlockPlace(NamedTuple):
