@@ -2,7 +2,7 @@
 
 Every table times ours and its peers in one process. "Alone" is the time of kernels in JAX's
 profiler: of the attention kernels in forward tables, of all kernels of the program in derivative
-tables. The other times have what lies between the kernels too.
+tables. The other times have the gaps between kernels too.
 """
 
 import dataclasses
