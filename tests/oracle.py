@@ -177,11 +177,12 @@ def vjp(
         first = np.argmax(logits.real)
         weights = np.exp(logits - logits[first])
         P = weights / weights.sum()
-        # Jacobians with respect to the logits, a row for each element of the result.
-        dout = v.T @ (np.diag(P) - np.outer(P, P))
+        # Jacobians with respect to the logits, a row for each element; out's is v' @ dP.
+        dP = np.diag(P) - np.outer(P, P)
         dmax = np.eye(len(window))[first]
         ddenominator = weights - weights.sum() * dmax
-        logits_bar = out_bar[b, q, h] @ dout + m_bar[b, q, h] * dmax + l_bar[b, q, h] * ddenominator
+        P_bar = v @ out_bar[b, q, h]
+        logits_bar = P_bar @ dP + m_bar[b, q, h] * dmax + l_bar[b, q, h] * ddenominator
         scaled_bar = softmax_scale * slope * logits_bar
         query_bar[b, q, h] += scaled_bar @ k
         key_bar[b, window, kv] += np.outer(scaled_bar, query[b, q, h])
