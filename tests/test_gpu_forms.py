@@ -17,7 +17,7 @@ import oracle
 from cases import Case, assert_close, tiered, tolerance
 from jax_ragged import ragged_attention
 from jax_ragged.lowering import contract
-from jax_ragged.lowering.gpu import attend, team_plan, teams
+from jax_ragged.lowering.gpu import attend, plan as line_plan, team_plan, teams
 from jax_ragged.lowering.gpu.line import attend_along_line
 from jax_ragged.lowering.gpu.plan import SHARED_MEMORY, make_plan
 from jax_ragged.lowering.params import OPTIONAL, RaggedAttentionParams
@@ -277,30 +277,51 @@ class TestLowered:
             _lowered(stored.call, stored.arrays)
 
 
+def _plan(
+    B: int, S: int, dtype: str, D: int, Dv: int, *, scaled_positions: bool = False
+) -> line_plan.Plan:
+    """The plan of a query of 32 heads for each row; an int8 cache of 8 heads has scales."""
+
+    def shape(*sizes: int, of: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct(sizes, of)
+
+    windows = shape(B, 1, of=jnp.int32)
+    scale = None
+    if dtype == "int8":
+        scale = shape(*((B, S, 8) if scaled_positions else (1, 1, 8)), of=jnp.float32)
+    operands = contract.Operands(
+        shape(B, 1, 32, D, of=jnp.bfloat16),
+        shape(B, S, 8, D),
+        shape(B, S, 8, Dv),
+        lengths=windows,
+        starts=windows,
+        key_scale=scale,
+        value_scale=scale,
+    )
+    return make_plan(operands, RaggedAttentionParams(), jnp.dtype(jnp.bfloat16))
+
+
 class TestPlan:
     """The plan of the schedule for few queries."""
+
+    @pytest.mark.parametrize(
+        ("B", "S", "dtype", "D", "streams"),
+        [(8, 1024, "int8", 128, 1), (16, 8192, "int8", 128, 2), (1, 4096, "bfloat16", 64, 1),
+         (32, 8192, "bfloat16", 64, 2), (128, 2048, "bfloat16", 128, 2),
+         (16, 8192, "bfloat16", 128, 1)],
+    )  # fmt: skip
+    def test_two_streams_share_many_blocks(
+        self, B: int, S: int, dtype: str, D: int, streams: int
+    ) -> None:
+        assert _plan(B, S, dtype, D, D).streams == streams
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
     @pytest.mark.parametrize("B", [4, 200])
     def test_a_block_at_least_fits_beside_the_rest(self, B: int, dtype: str) -> None:
         """Over head dimensions: blocks in flight, and the bytes of all shared memory."""
-
-        def shape(*sizes: int, of: Any = dtype) -> Any:
-            return jax.ShapeDtypeStruct(sizes, of)
-
-        for D, Dv, scaled in itertools.product(range(32, 257, 32), range(32, 257, 32), (0, 1)):
-            windows = shape(B, 1, of=jnp.int32)
-            scale = shape(*((B, 512, 8) if scaled else (1, 1, 8)), of=jnp.float32)
-            operands = contract.Operands(
-                shape(B, 1, 32, D, of=jnp.bfloat16),
-                shape(B, 512, 8, D),
-                shape(B, 512, 8, Dv),
-                lengths=windows,
-                starts=windows,
-                key_scale=scale if dtype == "int8" else None,
-                value_scale=scale if dtype == "int8" else None,
-            )
-            plan = make_plan(operands, RaggedAttentionParams(), jnp.dtype(jnp.bfloat16))
+        head_dims = range(32, 257, 32)
+        for D, Dv, scaled in itertools.product(head_dims, head_dims, (False, True)):
+            plan = _plan(B, 512, dtype, D, Dv, scaled_positions=scaled)
             assert plan.stages >= 1
             scratch = attend.scratch_types(plan).values()
             arrays = [x for x in scratch if not isinstance(x, plgpu.Barrier)]
@@ -318,8 +339,10 @@ class TestInterpreted:
     """The kernels as JAX's interpreter runs them, on few CTAs; see test_gpu_lowering."""
 
     @pytest.fixture(autouse=True)
-    def _few_teams(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Teams, and CTAs of two streams, which are for more than these calls have."""
         monkeypatch.setattr(team_plan, "_FEWEST_TEAMS", 1)
+        monkeypatch.setattr(line_plan, "_BLOCKS_OF_TWO_STREAMS", 0)
 
     def _run(self, stored: Stored, schedule: Callable[..., Any], races: bool = True) -> None:
         arrays = dict(stored.arrays)
@@ -364,6 +387,12 @@ class TestInterpreted:
     )  # fmt: skip
     def test_line(self, case: Case, form: Form) -> None:
         self._run(Stored.of(case, form), self._along_line)
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("form", QUANTISED[:3], ids=str)
+    def test_line_of_one_stream(self, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(line_plan, "_BLOCKS_OF_TWO_STREAMS", 8)
+        self._run(Stored.of(ROWS, form), self._along_line)
 
     @pytest.mark.filterwarnings("ignore")  # of threads that the failure ends
     def test_a_missing_fence_would_be_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,6 +451,14 @@ class TestGpu:
     )
     def test_values(self, case: Case, form: Form) -> None:
         stored = Stored.of(case, form)
+        with jax.default_device(gpus()[0]):
+            stored.assert_results(jax.jit(stored.call)(stored.arrays))
+
+    @pytest.mark.parametrize("form", [Form(64), *QUANTISED], ids=str)
+    def test_many_rows(self, form: Form) -> None:
+        """So many blocks that the CTAs have two streams."""
+        lengths = tuple(np.random.default_rng(0).integers(0, 257, 300))
+        stored = Stored.of(_case("many_rows", lengths), form)
         with jax.default_device(gpus()[0]):
             stored.assert_results(jax.jit(stored.call)(stored.arrays))
 

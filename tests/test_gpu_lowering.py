@@ -23,7 +23,7 @@ from cases import CASES, Case, Operands, assert_close, poison, tiered, tolerance
 from jax_ragged import ragged_attention
 from jax_ragged.lowering import contract, gpu
 from jax_ragged.lowering.dispatch import Target
-from jax_ragged.lowering.gpu import team_plan, teams
+from jax_ragged.lowering.gpu import plan as line_plan, team_plan, teams
 from jax_ragged.lowering.gpu.line import attend_along_line
 from jax_ragged.lowering.gpu.plan import make_plan
 from jax_ragged.lowering.params import RaggedAttentionParams
@@ -279,6 +279,11 @@ class TestInterpreted:
 
     It multiplies with numpy, which warns of the NaN outside of the windows.
     """
+
+    @pytest.fixture(autouse=True)
+    def _two_streams(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CTAs of two streams, which are for more blocks than these calls have."""
+        monkeypatch.setattr(line_plan, "_BLOCKS_OF_TWO_STREAMS", 0)
 
     def _run(self, case: Case, schedule: Callable[..., Any], races: bool = True) -> None:
         """Runs a schedule, given the plan's arguments and then the kernel's, on a case.

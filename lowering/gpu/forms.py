@@ -235,28 +235,35 @@ class Form:
             for _ in range(self.arrivals(name, pieces)):
                 plgpu.barrier_arrive(full)
 
-        def copy_pieces() -> None:
-            for i, page in enumerate(pages):
-                offset = i * place.piece
-                piece = functools.partial(copy, offset, place.piece, page)
-                if i == 0:
+        def copy_pieces(start: int) -> None:
+            for offset in range(start, start + span, place.piece):
+                piece = functools.partial(copy, offset, place.piece, pages[offset // place.piece])
+                if offset == 0:
                     piece()
                 else:
                     lax.cond(first + offset < place.end, piece, functools.partial(arrive, 1))
 
-        def copy_whole() -> None:
-            copy(0, T, pages[0])
-            arrive(len(pages) - 1)
+        def copy_whole(start: int) -> None:
+            copy(start, span, pages[start // place.piece])
+            arrive(span // place.piece - 1)
 
-        # An operation of the copy engine takes time of its own.
-        whole = first + T <= place.end
-        if self.paged and self.page_size:
-            offset = lax.rem(first - place.row * self.stride, jnp.int32(self.page_size))
-            whole &= offset + T <= self.page_size
-        if len(pages) == 1 or (self.paged and T > (self.page_size or T)):
-            copy_pieces()
-        else:
-            lax.cond(whole, copy_whole, copy_pieces)
+        # An operation of the copy engine takes time of its own: positions that can lie in one page
+        # are copied together if they do, and if none is past the end.
+        span = self.piece(T)
+        for start in range(0, T, span):
+            if span == place.piece:
+                copy_pieces(start)
+                continue
+            whole = first + start + span <= place.end
+            if self.paged:
+                page_size = jnp.int32(self.page_size)
+                offset = lax.rem(first + start - place.row * self.stride, page_size)
+                whole &= offset + span <= page_size
+            lax.cond(
+                whole,
+                functools.partial(copy_whole, start),
+                functools.partial(copy_pieces, start),
+            )
 
     def _scale_source(self, ref: Any, place: "Place", at: Any, page: Any, size: int) -> Any:
         """The scales of positions of one page, [size, 8], in global memory."""
