@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_ragged.lowering.gpu import tile
 from jax_ragged.lowering.gpu.launch import Refs
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, Plan
-from jax_ragged.lowering.gpu.softmax import ROWS, TILE, Softmax, down_rows, logits, masked, update
+from jax_ragged.lowering.gpu.softmax import ROWS, TILE, Softmax, along, logits, masked, update
 from jax_ragged.lowering.gpu.tile import BlockPlace, State, Windows
 
 # Registers of a value for each row of logits.
@@ -76,7 +76,7 @@ def denominator(plan: Plan, refs: Refs, stream: Any, state: State) -> jax.Array:
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Multiplies sums [64, chunk] by a factor for each row of logits."""
-    return x * down_rows(factor, x.shape)
+    return x * along(factor, x.shape, 0)
 
 
 def write(plan: Plan, staging: Any, sums: tuple[jax.Array, ...], column: int) -> Any:

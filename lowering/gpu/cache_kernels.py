@@ -33,7 +33,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.contract import ByOperand
 from jax_ragged.lowering.gpu import derivative_blocks as blocks
-from jax_ragged.lowering.gpu.derivative_blocks import LAYOUT
 from jax_ragged.lowering.gpu.derivative_plan import (
     HIGH,
     INNER_HIGH,
@@ -45,9 +44,9 @@ from jax_ragged.lowering.gpu.derivative_plan import (
 )
 from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
+from jax_ragged.lowering.gpu.softmax import COLUMNS
 
-# A statistic of query rows, which run along the columns of the logits.
-_COLUMN_LAYOUT = LAYOUT.reduce(0)
+# Shared memory of a CTA, less what barriers and statistics take.
 _SHARED_MEMORY = 220 * 1024
 
 
@@ -369,7 +368,8 @@ def weights(
 
     def load(name: str, *at: int) -> jax.Array:
         ref = tile[name].at[at] if at else tile[name]
-        return mosaic_gpu_load(ref, layout=_COLUMN_LAYOUT)
+        # Query rows run along the columns of the logits.
+        return mosaic_gpu_load(ref, layout=COLUMNS)
 
     pairs = [(key_ref, tile["query"])]
     if task.needs_key:

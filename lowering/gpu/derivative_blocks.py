@@ -17,8 +17,7 @@ from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu import softmax
 from jax_ragged.lowering.gpu.derivative_plan import DerivativePlan
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
-
-LAYOUT = plgpu.Layout.WGMMA
+from jax_ragged.lowering.gpu.softmax import ROWS, TILE, along
 
 
 def copy_and_compute(
@@ -40,7 +39,7 @@ def copy_and_compute(
 
 def zeros(shape: tuple[int, ...]) -> jax.Array:
     """float32 zeros [rows, columns] or [rows] in registers."""
-    layout = LAYOUT if len(shape) == 2 else LAYOUT.reduce(1)
+    layout = TILE if len(shape) == 2 else ROWS
     x: jax.Array = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
     return x
 
@@ -83,14 +82,9 @@ def accumulate(*terms: tuple[tuple[jax.Array, ...], jax.Array, Any]) -> list[tup
     return [tuple(sums.pop(0) for _ in a) for a, _, _ in terms]
 
 
-def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """A statistic of query rows [64] for each logit."""
-    return lax.broadcast_in_dim(x, shape, [axis])
-
-
 def positions(first: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
     """The position of each logit, if the first is at `first`; query rows run along axis."""
-    position: jax.Array = first + plgpu.broadcasted_iota(jnp.int32, shape, 1 - axis, layout=LAYOUT)
+    position: jax.Array = first + plgpu.broadcasted_iota(jnp.int32, shape, 1 - axis, layout=TILE)
     return position
 
 
@@ -181,14 +175,13 @@ def zero_outside(
     shape = (ref.shape[0],)
 
     def zero(inside: jax.Array) -> None:
-        x = mosaic_gpu_load(ref, layout=LAYOUT)
-        keep = lax.broadcast_in_dim(inside, x.shape, [0])
+        x = mosaic_gpu_load(ref, layout=TILE)
+        keep = along(inside, x.shape, 0)
         ref[...] = jnp.where(keep, x, jnp.zeros((), x.dtype))
         plgpu.commit_smem()
 
     def position() -> jax.Array:
-        layout = LAYOUT.reduce(1)
-        at: jax.Array = first + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+        at: jax.Array = first + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=ROWS)
         return at
 
     def of_hull() -> None:

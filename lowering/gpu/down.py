@@ -27,7 +27,7 @@ from jax_ragged.lowering.gpu import tile
 from jax_ragged.lowering.gpu.forms import SCALED_HEADS
 from jax_ragged.lowering.gpu.launch import Refs, shared_rows
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, Plan, chunk
-from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, down_rows, logits, masked, raised
+from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, along, logits, masked, raised
 from jax_ragged.lowering.gpu.tile import BlockPlace, State, Windows, windows_around
 
 # A number of at most 2^22 is rounded by adding and subtracting this, whose unit is 1.
@@ -85,8 +85,8 @@ def block(
     z = lax.cond(edge, lambda z: masked(z, first, windows.low, windows.high, 1), lambda z: z, z)
     highest = _over_positions(refs, stream, z, jnp.max)
     maximum, shift, correction = raised(state.maximum, highest)
-    p = jnp.exp2(z - _along_rows(shift, z.shape))
-    denominators = state.denominators * _along_rows(correction, state.denominators.shape)
+    p = jnp.exp2(z - along(shift, z.shape, 1))
+    denominators = state.denominators * along(correction, state.denominators.shape, 1)
     for i in range(0, plan.T, WGMMA_ROWS):
         denominators += p[i : i + WGMMA_ROWS]
 
@@ -94,7 +94,7 @@ def block(
     if plan.form.value.scale == "position":
         unit = _own_scales(plan, refs, "value", place)
         unit = lax.cond(edge, functools.partial(_zeroed, plan, windows, first), lambda x: x, unit)
-        p *= down_rows(unit, p.shape)
+        p *= along(unit, p.shape, 0)
     for i in range(plan.weight_parts):
         part = p.astype(plan.value_dtype)
         p -= part.astype(jnp.float32)
@@ -121,11 +121,6 @@ def block(
 def _column_groups(plan: Plan, x: jax.Array) -> tuple[jax.Array, ...]:
     """Cuts a tile with several columns for each row of logits: [rows, tile_rows] each."""
     return tuple(x[:, i : i + plan.tile_rows] for i in range(0, x.shape[1], plan.tile_rows))
-
-
-def _along_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Repeats a value for each column [columns] along the rows of a tile [rows, columns]."""
-    return lax.broadcast_in_dim(x, shape, [1])
 
 
 def _over_positions(
@@ -171,7 +166,7 @@ def prepare(plan: Plan, refs: Refs, stream: Any) -> None:
     bits = jnp.maximum(((bits + 0x7FFFFF) & 0x7F800000) - (20 << 23), 1 << 23)
     unit_of_query = lax.bitcast_convert_type(bits, jnp.float32)
     inverse_of_unit = lax.bitcast_convert_type((254 << 23) - bits, jnp.float32)
-    rest = query * down_rows(inverse_of_unit, query.shape)
+    rest = query * along(inverse_of_unit, query.shape, 0)
     for i, unit in enumerate((2.0**14, 2.0**7, 1.0)):
         digit = (rest * (1 / unit) + _ROUNDING) - _ROUNDING
         rest -= digit * unit
@@ -197,7 +192,7 @@ def _key_products(
         rest = (middle * 2**7 + low).astype(jnp.float32)
         products = high.astype(jnp.float32) * 2.0**14 + rest
         units = mosaic_gpu_load(refs.query_units.at[place.stream], layout=COLUMNS, optimized=False)
-        return products * _along_rows(units, shape), done
+        return products * along(units, shape, 1), done
     if narrow is None:
         return tile.product(shape, (keys, query.transpose((1, 0))), meanwhile=meanwhile)
     step = chunk(plan.D, narrow)
@@ -221,7 +216,7 @@ def _values(
 
     def zeroed(x: jax.Array) -> jax.Array:
         windows_there = windows_around(plan, windows, place.first, COLUMNS)
-        return jnp.where(_along_rows(windows_there, x.shape) > 0, x, jnp.zeros((), x.dtype))
+        return jnp.where(along(windows_there, x.shape, 1) > 0, x, jnp.zeros((), x.dtype))
 
     chunks = []
     for column in range(0, plan.value_columns, plan.chunk):
@@ -270,7 +265,7 @@ def denominator(plan: Plan, refs: Refs, stream: Any, state: State) -> jax.Array:
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Multiplies sums [chunk, tile_rows] by a factor for each row of logits."""
-    return x * _along_rows(factor, x.shape)
+    return x * along(factor, x.shape, 1)
 
 
 def scratch_types(plan: Plan) -> dict[str, Any]:

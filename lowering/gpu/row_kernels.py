@@ -32,7 +32,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu import derivative_blocks as blocks
-from jax_ragged.lowering.gpu.derivative_blocks import LAYOUT
 from jax_ragged.lowering.gpu.derivative_plan import (
     HIGH,
     HULL_HIGH,
@@ -47,8 +46,8 @@ from jax_ragged.lowering.gpu.derivative_plan import (
 )
 from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
+from jax_ragged.lowering.gpu.softmax import ROWS, TILE, along
 
-_ROW_LAYOUT = LAYOUT.reduce(1)
 # Shared memory of a CTA, less what barriers and statistics take.
 _SHARED_MEMORY = 222 * 1024
 
@@ -277,7 +276,7 @@ def _tile(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg: A
     windows_ref = refs.windows.at[work.b, number]
 
     def load(ref: Any) -> jax.Array:
-        return mosaic_gpu_load(ref, layout=_ROW_LAYOUT, optimized=False)
+        return mosaic_gpu_load(ref, layout=ROWS, optimized=False)
 
     of_rows = {name: load(refs[name].at[work.b, work.head, number]) for name in task.inputs}
     at_max = (of_rows["t_star"], of_rows["at_max_bar"]) if task.at_max else None
@@ -348,8 +347,8 @@ def _initial_state(plan: DerivativePlan, task: RowTask) -> Any:
     )
     if task.name == "cotangent":
         return sums
-    lowest = plgpu.layout_cast(jnp.full((WGMMA_ROWS,), -jnp.inf, jnp.float32), _ROW_LAYOUT)
-    nowhere = plgpu.layout_cast(jnp.full((WGMMA_ROWS,), -1, jnp.int32), _ROW_LAYOUT)
+    lowest = plgpu.layout_cast(jnp.full((WGMMA_ROWS,), -jnp.inf, jnp.float32), ROWS)
+    nowhere = plgpu.layout_cast(jnp.full((WGMMA_ROWS,), -1, jnp.int32), ROWS)
     if task.name == "peaks":
         return lowest, nowhere
     return sums, lowest, nowhere, zero, zero, zero, zero
@@ -374,12 +373,12 @@ def _higher(
     """
     highest = z.max(axis=1)
     # Positions from each on to the end of the block, exact in float32: the most is the first.
-    left = plan.block - plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=LAYOUT)
+    left = plan.block - plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=TILE)
     left = left.astype(jnp.float32)
-    most = jnp.where(z == blocks.along(highest, z.shape, 0), left, 0.0).max(axis=1)
+    most = jnp.where(z == along(highest, z.shape, 0), left, 0.0).max(axis=1)
     better = highest > best
     t_star = jnp.where(better, first + plan.block - most.astype(jnp.int32), t_star)
-    peak = left == blocks.along(most, z.shape, 0)
+    peak = left == along(most, z.shape, 0)
     return jnp.where(better, highest, best), t_star, better, peak
 
 
@@ -425,14 +424,14 @@ def _tangents(
         pairs.append((operands["query"], operands["key_dot"]))
     s, *parts = blocks.dots(*pairs)
     z, dz_ds = blocks.logits(plan, s)
-    p = jnp.exp2(z - blocks.along(tile.log_sum, z.shape, 0))
+    p = jnp.exp2(z - along(tile.log_sum, z.shape, 0))
     z_dot = functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(z)
     z_dot = z_dot * plan.params.softmax_scale
     z_dot = z_dot if dz_ds is None else z_dot * dz_ds
     z, p, z_dot = _masked(plan, tile, first, (z, -math.inf), (p, 0.0), (z_dot, 0.0))
     best, t_star, better, peak = _higher(plan, z, first, best, t_star)
     at_max = jnp.where(better, jnp.where(peak, z_dot, 0.0).sum(axis=1), before)
-    distance = p * (z_dot - blocks.along(at_max, z.shape, 0))
+    distance = p * (z_dot - along(at_max, z.shape, 0))
     centred += (before - at_max) * probability + distance.sum(axis=1)
     probability += p.sum(axis=1)
     weights = (p * z_dot).astype(plan.dtype)

@@ -58,9 +58,9 @@ def inverse(denominator: jax.Array) -> jax.Array:
     return 1 / jnp.where(denominator == 0, 1.0, denominator)
 
 
-def down_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Repeats a value for each row [rows] along the columns of a tile [rows, columns]."""
-    return lax.broadcast_in_dim(x, shape, [0])
+def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Repeats a value for each row (axis 0) or column (1) of a tile [rows, columns] along it."""
+    return lax.broadcast_in_dim(x, shape, [axis])
 
 
 def logits(params: RaggedAttentionParams, dots: jax.Array, unit: Any = None) -> jax.Array:
@@ -80,7 +80,7 @@ def _in_units(dots: jax.Array, unit: Any, factor: float) -> jax.Array:
         return dots * factor
     units = unit * factor
     if units.ndim == 1:
-        units = down_rows(units, dots.shape)
+        units = along(units, dots.shape, 0)
     product: jax.Array = dots * units
     return product
 
@@ -109,7 +109,7 @@ def masked(x: jax.Array, first: Any, low: jax.Array, high: jax.Array, axis: int 
     """
     position = first + plgpu.broadcasted_iota(jnp.int32, x.shape, 1 - axis, layout=TILE)
     if jnp.ndim(low) == 1:
-        low, high = (lax.broadcast_in_dim(limit, x.shape, [axis]) for limit in (low, high))
+        low, high = (along(limit, x.shape, axis) for limit in (low, high))
     return jnp.where((position >= low) & (position < high), x, -jnp.inf)
 
 
@@ -143,7 +143,7 @@ def update(
     highest = x.max(axis=1)
     highest = highest if scaled else highest * scale
     maximum, shift, correction = raised(state.maximum, highest)
-    shifts = down_rows(shift, x.shape)
+    shifts = along(shift, x.shape, 0)
     p = jnp.exp2(x - shifts if scaled else x * scale - shifts)
     denominator = state.denominator * correction + p.sum(axis=1)
     return Softmax(maximum, denominator), correction, p

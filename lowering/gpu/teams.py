@@ -34,7 +34,7 @@ from jax_ragged.lowering.gpu.softmax import (
     ROWS,
     TILE,
     Softmax,
-    down_rows,
+    along,
     inverse,
     logits,
     masked,
@@ -341,7 +341,7 @@ class _Warpgroup:
             x = masked(x, first, *task.windows)
         softmax, correction, p = update(plan.params, softmax, x, plan.scaled)
         p = p.astype(plan.dtype)
-        total *= down_rows(correction, total.shape)
+        total *= along(correction, total.shape, 0)
         # The turn passes on when the softmax is finished, and not before.
         total, softmax, p = lax.optimization_barrier((total, softmax, p))
         plgpu.barrier_arrive(refs.turn)
@@ -370,7 +370,7 @@ class _Warpgroup:
                 position = first + offset
                 position += plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS)
                 values = mosaic_gpu_load(values_ref, layout=TILE)
-                keep = down_rows(inside(position), values.shape) != 0
+                keep = along(inside(position), values.shape, 0) != 0
                 values_ref[...] = jnp.where(keep, values, jnp.zeros((), values.dtype))
 
         def in_hull(position: Any) -> jax.Array:
@@ -404,7 +404,7 @@ class _Warpgroup:
         """Normalises and copies a tile's results to global memory."""
         plan, refs = self.plan, self.refs
         total, softmax = state
-        out = total * down_rows(inverse(softmax.denominator), total.shape)
+        out = total * along(inverse(softmax.denominator), total.shape, 0)
         first = _first_query(plan, at, self.tile)
         row_tile = at.level * plan.tiles + self.tile
         # Copies of the tile before may still read the shared memory.

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu.launch import Refs
 from jax_ragged.lowering.gpu.plan import Plan
-from jax_ragged.lowering.gpu.softmax import ROWS, TILE, down_rows
+from jax_ragged.lowering.gpu.softmax import ROWS, TILE, along
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,6 @@ def windows_around(plan: Plan, windows: Windows, first: Any, layout: Any) -> jax
 def zero_outside(plan: Plan, refs: Refs, windows: Windows, slot: Any, first: Any) -> None:
     """Zeros the values of a block that lie in no window: 0 * NaN is NaN."""
     values = mosaic_gpu_load(refs.value_blocks.at[slot], layout=TILE)
-    valid = down_rows(windows_around(plan, windows, first, ROWS), values.shape) > 0
+    valid = along(windows_around(plan, windows, first, ROWS), values.shape, 0) > 0
     refs.value_blocks[slot] = jnp.where(valid, values, jnp.zeros((), values.dtype))
     plgpu.commit_smem()
