@@ -17,7 +17,7 @@ import oracle
 from cases import Case, assert_close, tiered, tolerance
 from jax_ragged import ragged_attention
 from jax_ragged.lowering import contract
-from jax_ragged.lowering.gpu import attend, plan as line_plan, team_plan, teams
+from jax_ragged.lowering.gpu import attend, forms, plan as line_plan, team_plan, teams
 from jax_ragged.lowering.gpu.line import attend_along_line
 from jax_ragged.lowering.gpu.plan import SHARED_MEMORY, make_plan
 from jax_ragged.lowering.params import OPTIONAL, RaggedAttentionParams
@@ -315,6 +315,15 @@ class TestPlan:
     ) -> None:
         assert _plan(B, S, dtype, D, D).streams == streams
 
+    @pytest.mark.parametrize(
+        ("page", "T", "span"),
+        [(None, 64, 64), (16, 128, 16), (64, 128, 64), (192, 128, 64), (256, 128, 128),
+         (80, 64, 64), (80, 128, 16), (1008, 128, 128)],
+    )  # fmt: skip
+    def test_positions_copied_together(self, page: int | None, T: int, span: int) -> None:
+        form = forms.Form(forms.Stored(), forms.Stored(), 4032, 4032, page, paged=page is not None)
+        assert form.span(T, line_plan.COPIED) == span
+
     @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
     @pytest.mark.parametrize("B", [4, 200])
     def test_a_block_at_least_fits_beside_the_rest(self, B: int, dtype: str) -> None:
@@ -340,7 +349,7 @@ class TestInterpreted:
 
     @pytest.fixture(autouse=True)
     def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Teams, and CTAs of two streams, which are for more than these calls have."""
+        """Allows teams and two streams for calls as small as these."""
         monkeypatch.setattr(team_plan, "_FEWEST_TEAMS", 1)
         monkeypatch.setattr(line_plan, "_BLOCKS_OF_TWO_STREAMS", 0)
 
@@ -388,8 +397,7 @@ class TestInterpreted:
     def test_line(self, case: Case, form: Form) -> None:
         self._run(Stored.of(case, form), self._along_line)
 
-    @pytest.mark.full
-    @pytest.mark.parametrize("form", QUANTISED[:3], ids=str)
+    @pytest.mark.parametrize("form", tiered(QUANTISED[:3], QUANTISED[1:2]), ids=str)
     def test_line_of_one_stream(self, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(line_plan, "_BLOCKS_OF_TWO_STREAMS", 8)
         self._run(Stored.of(ROWS, form), self._along_line)
@@ -455,8 +463,9 @@ class TestGpu:
             stored.assert_results(jax.jit(stored.call)(stored.arrays))
 
     @pytest.mark.parametrize("form", [Form(64), *QUANTISED], ids=str)
-    def test_many_rows(self, form: Form) -> None:
-        """So many blocks that the CTAs have two streams."""
+    def test_many_rows(self, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CTAs of two streams, with several segments each."""
+        monkeypatch.setattr(line_plan, "_BLOCKS_OF_TWO_STREAMS", 0)
         lengths = tuple(np.random.default_rng(0).integers(0, 257, 300))
         stored = Stored.of(_case("many_rows", lengths), form)
         with jax.default_device(gpus()[0]):

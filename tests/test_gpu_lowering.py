@@ -282,7 +282,7 @@ class TestInterpreted:
 
     @pytest.fixture(autouse=True)
     def _two_streams(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """CTAs of two streams, which are for more blocks than these calls have."""
+        """Allows two streams for calls as small as these."""
         monkeypatch.setattr(line_plan, "_BLOCKS_OF_TWO_STREAMS", 0)
 
     def _run(self, case: Case, schedule: Callable[..., Any], races: bool = True) -> None:

@@ -17,7 +17,7 @@ from programs import collectives, made
 
 CASE = Case("", (128, 0, 65, 9), (3, 0, 0, -4), Hq=8, Hkv=2, S=128, D=64, Dv=64, dtype="bfloat16")
 # So many queries that the gradients of the cache have a kernel of their own. A shard of the cache
-# is larger than one of the queries, which tiles transpose.
+# is larger than one of the queries, whose transposes are no error.
 ENDS = (tuple(range(1, 97)),) * 4
 MANY = Case("", ENDS, Q=96, Hq=4, Hkv=2, S=512, D=64, Dv=64, dtype="bfloat16")
 MOVES = ("all-gather", "all-to-all", "collective-permute", "dynamic-slice", "copy", "transpose")

@@ -2,7 +2,8 @@
 
 Positions are counted in the *joined cache*, in every form: position t of row b is b * stride + t,
 where the stride is S, or S rounded up to a multiple of 8 where the heads come first. A block is
-copied in *pieces*, each by one operation of the copy engine. A piece lies in one page.
+copied in *pieces*, which lie in one page each; neighbours in a page by one operation of the copy
+engine, where `Form.span` allows it.
 
     cache                  array that the kernels read    first position of a piece
     [B, S, Hkv, D]         [B * S, Hkv, D]                b * stride + t
@@ -177,6 +178,16 @@ class Form:
         """The most positions, up to a power of two, that a piece can have: it lies in one page."""
         return math.gcd(self.page_size, most) if self.paged and self.page_size else most
 
+    def span(self, T: int, piece: int) -> int:
+        """The positions of a block that are copied in one operation where they lie in one page.
+
+        Spans of the greatest size that divides block and page lie in one where the block begins
+        with one. If that is no more than a piece, the whole block may still lie in a larger page.
+        """
+        span = self.piece(T)
+        in_larger = self.page_size is not None and self.page_size >= T
+        return T if span == piece and in_larger else span
+
     def unit(self, piece: int) -> int:
         """The first position of a block is a multiple of this, so that its pieces lie in pages."""
         return piece if self.paged else _ROWS
@@ -198,7 +209,7 @@ class Form:
         return tuple(refs.page_table[place.row, lax.div(t, page_size)] for t in of_row)
 
     def arrivals(self, name: str, pieces: int) -> int:
-        """The arrivals that make a block of key or value full: one for each copy."""
+        """The arrivals that make a block of key or value full: for each piece and its scales."""
         return pieces * (2 if self.stored(name).scale == "position" else 1)
 
     def copy_block(
@@ -249,7 +260,7 @@ class Form:
 
         # An operation of the copy engine takes time of its own: positions that can lie in one page
         # are copied together if they do, and if none is past the end.
-        span = self.piece(T)
+        span = self.span(T, place.piece)
         for start in range(0, T, span):
             if span == place.piece:
                 copy_pieces(start)

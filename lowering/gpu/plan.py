@@ -29,7 +29,7 @@ _TABLES_BYTES = 16 * 1024
 _FEW_ROWS = 16
 # The most results of a tile that a stream copies out at once where positions are down.
 _STAGED = 4 * 1024
-# The fewest blocks of a multiprocessor, if all rows are full, that two streams share.
+# Two streams need so many blocks for each multiprocessor, counted with all rows full.
 _BLOCKS_OF_TWO_STREAMS = 8
 # Bytes of keys and values that a stream has in flight. More make it slower: 16 rows of S = 16384
 # with 16/1 heads take 25.2 us with 128 KiB, 23.9 with 64.
@@ -270,7 +270,7 @@ def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any)
     # parts. With many short segments that is worth it, and with small heads and quantised blocks,
     # which are widened first, if every stream has several blocks: B128 S2048 32/8/128 with an
     # eighth of the positions 26.5 us for 29.1, B32 S8192 64/8/64 73.4 for 88.2, but in int8 B8
-    # S1024 32/8/128 14.3 for 12.8.
+    # S1024 32/8/128 14.3 for 12.8. Small heads in 16 bits were not timed with few blocks.
     columns = plan.columns
     short = columns > 4 and B * columns >= 4 * MULTIPROCESSORS
     blocks = B * -(-plan.S // plan.T) * columns

@@ -59,7 +59,7 @@ def inverse(denominator: jax.Array) -> jax.Array:
 
 
 def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """Repeats a value for each row (axis 0) or column (1) of a tile [rows, columns] along it."""
+    """Repeats values of rows along a tile's columns (axis 0), or of columns along its rows (1)."""
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
