@@ -399,7 +399,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("form", tiered(QUANTISED[:3], QUANTISED[1:2]), ids=str)
     def test_line_of_one_stream(self, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(line_plan, "_BLOCKS_OF_TWO_STREAMS", 8)
+        monkeypatch.setattr(line_plan, "_BLOCKS_OF_TWO_STREAMS", math.inf)
         self._run(Stored.of(ROWS, form), self._along_line)
 
     @pytest.mark.filterwarnings("ignore")  # of threads that the failure ends

@@ -267,21 +267,22 @@ class Form:
                 continue
             whole = first + start + span <= place.end
             if self.paged:
-                page_size = jnp.int32(self.page_size)
-                offset = lax.rem(first + start - place.row * self.stride, page_size)
-                whole &= offset + span <= page_size
+                whole &= self._offset(place, first + start) + span <= self.page_size
             lax.cond(
                 whole,
                 functools.partial(copy_whole, start),
                 functools.partial(copy_pieces, start),
             )
 
+    def _offset(self, place: "Place", at: Any) -> Any:
+        """The position in its page, or in its row where there is no page table."""
+        offset = at - place.row * self.stride
+        return lax.rem(offset, jnp.int32(self.page_size)) if self.paged else offset
+
     def _scale_source(self, ref: Any, place: "Place", at: Any, page: Any, size: int) -> Any:
         """The scales of positions of one page, [size, 8], in global memory."""
         if self.paged:
-            at = page * self.page_size + lax.rem(
-                at - place.row * self.stride, jnp.int32(self.page_size)
-            )
+            at = page * self.page_size + self._offset(place, at)
         heads = lax.div(place.head, SCALED_HEADS) * SCALED_HEADS
         positions = pl.ds(pl.multiple_of(at, _ROWS), size)
         return ref.at[positions, pl.ds(pl.multiple_of(heads, SCALED_HEADS), SCALED_HEADS)]
@@ -290,9 +291,7 @@ class Form:
         """Positions of one page of key or value, [size, D], in global memory."""
         if self.page_size is None:
             return ref.at[pl.ds(pl.multiple_of(at, _ROWS), size), place.head]
-        offset = at - place.row * self.stride
-        if self.paged:
-            offset = lax.rem(offset, jnp.int32(self.page_size))
+        offset = self._offset(place, at)
         if self.heads_first:
             return ref.at[page, place.head, pl.ds(pl.multiple_of(offset, _ROWS), size)]
         first = pl.multiple_of(page * self.page_size + offset, _ROWS)
