@@ -32,6 +32,9 @@ import pytest
 import lowerings
 import programs
 
+# ejkernel, which a test imports, turns JAX's persistent cache on for the whole process. It would
+# keep programs for TPUs, which nothing can load where there is no TPU, and JAX warns of those.
+jax.config.update("jax_enable_compilation_cache", False)
 # Eight CPU devices stand for a mesh; programs without sharding run on the first.
 jax.config.update("jax_num_cpu_devices", 8)
 
