@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import oracle
-from cases import Case, Operands, assert_close, poison, tolerance
+from cases import Case, Operands, assert_close, poison, tiered, tolerance
 from jax_ragged import Unsupported, ragged_attention
 from jax_ragged.lowering.contract import ByOperand, ByResult, Residuals
 from jax_ragged.lowering.dispatch import Target
@@ -28,6 +28,7 @@ from jax_ragged.lowering.gpu import derivative_blocks, derivatives
 from jax_ragged.lowering.params import RaggedAttentionParams
 from lowerings import gpus, refusal
 from programs import emitted
+from test_gpu_forms import CAPPED, FORMS, MANY, QUERIES, ROWS, Form, Stored
 from test_gpu_lowering import FITTED, H200
 
 
@@ -279,6 +280,69 @@ class TestLowered:
         assert [line for size, line in emitted(text, *moves) if size >= shard] == []
 
 
+def _stored_call(stored: Stored) -> tuple[Residuals, RaggedAttentionParams]:
+    """The folded operands with the cache in a form, with the oracle's results; the parameters."""
+    residuals = _residuals(stored.case, stored.case.operands())
+    key, value, table = (stored.arrays.get(name) for name in ("key", "value", "page_table"))
+    residuals = residuals._replace(key=jnp.asarray(key), value=jnp.asarray(value))
+    optional: tuple[str, ...] = ()
+    if table is not None:  # as the primitive folds it
+        residuals = residuals._replace(page_table=jnp.clip(table, 0, len(residuals.key) - 1))
+        optional = ("page_table",)
+    layout: Any = stored.layout
+    params = RaggedAttentionParams(
+        **stored.case.params,
+        cache_layout=layout,
+        optional=optional,
+        implementation="kernel",
+    )
+    return residuals, params
+
+
+def _turned(x: Any) -> Any:
+    """A tangent of x, exact in every dtype; NaN where x is."""
+    return -x[..., ::-1] / 2
+
+
+class TestLoweredForms:
+    """Derivatives that read caches in other forms than the dense one."""
+
+    @pytest.mark.parametrize("case", [ROWS, MANY], ids=lambda case: case.name)
+    @pytest.mark.parametrize("form", FORMS[:4], ids=str)
+    def test_the_kernels_read_the_form_itself(self, case: Case, form: Form) -> None:
+        # The cache is larger than the queries.
+        case = dataclasses.replace(case, S=8192 if case is MANY else 1024)
+        stored = Stored.of(case, form)
+        residuals, params = _stored_call(stored)
+        target = Target("cuda", H200)
+        bars = ByResult(residuals.out.astype(case.dtype), None, None)
+        dots = ByOperand(*map(_turned, residuals[:3]))
+        programs = {
+            1: _lowered(lambda r, t: target.jvp(r, t, params), residuals, dots),
+            2: _lowered(
+                lambda r, t: target.vjp(r, t, _bar_dtypes(case, (True, False, False)), params),
+                residuals,
+                bars._replace(max_logits=residuals.max_logits),
+            ),
+        }
+        least = min(residuals.key.size, residuals.value.size)
+        moves = ("gather", "pad", "concatenate", "convert", "slice", "transpose", "select")
+        for kernels, text in programs.items():
+            assert _kernels(text) == kernels
+            # The tangents of the cache are made in the test.
+            assert [x for size, x in emitted(text, *moves) if size >= least // 2] == []
+
+    def test_a_gradient_of_the_cache_would_be_seen_to_gather(self) -> None:
+        """The twin: the gradient of the pool, which goes through the dense cache."""
+        case = dataclasses.replace(ROWS, S=1024)
+        residuals, params = _stored_call(Stored.of(case, Form(16)))
+        bars = ByResult(residuals.out.astype(case.dtype), None, None)
+        wrt = _bar_dtypes(case, (True, True, False))
+        text = _lowered(lambda r, t: Target("cuda", H200).vjp(r, t, wrt, params), residuals, bars)
+        least = residuals.key.size
+        assert any("gather" in x for size, x in emitted(text, "gather") if size >= least // 2)
+
+
 class TestUnsupported:
     """Why a call is left to the reference."""
 
@@ -374,6 +438,48 @@ class TestInterpreted:
         want = oracle.jvp(*operands, tangents, **case.definition)
         _assert_derivatives(results, map(rows, want), case)
 
+    @pytest.mark.parametrize(
+        ("case", "form"),
+        tiered(
+            [
+                (ROWS, Form(48, "BHSD")),
+                (QUERIES, Form(64)),
+                (CAPPED, Form(48, "BHSD")),
+                (dataclasses.replace(ROWS, S=261), Form(None, "BHSD")),
+                (Case("tiles", **_causal(72, 40, rows=1), Hq=2, Hkv=1, **_SIZES), Form(16)),
+            ],
+            [(QUERIES, Form(64)), (ROWS, Form(48, "BHSD"))],
+        ),
+        ids=lambda x: getattr(x, "name", str(x)),
+    )
+    def test_forms(self, case: Case, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The gradient of query, and tangents, which read the cache in place."""
+        monkeypatch.setattr(derivative_blocks, "accumulate", _accumulate)
+        stored = Stored.of(case, form)
+        operands, cotangents = case.operands(), case.cotangents()
+
+        def rows(x: Any) -> Any:
+            return x[:, None] if case.Q is None else x
+
+        # On a machine with a GPU the interpreter's callbacks would wait for one another.
+        with jax.default_device(jax.devices("cpu")[0]):
+            residuals, params = _stored_call(stored)
+            plan = derivatives.plan_of(residuals, params)
+            if not plan.tiles_apart:
+                plan = dataclasses.replace(plan, stretch=2, stretches=3)
+            # Warpgroups with tiles of their own zero the same block with the same bytes.
+            interpret: Any = vars(plgpu)["InterpretGPUParams"](detect_races=not plan.tiles_apart)
+            bars: Any = ByResult(*(rows(jnp.asarray(x)) for x in cotangents))
+            wrt = _bar_dtypes(case, (True, False, False))
+            grads = derivatives.vjp(plan, residuals, bars, wrt, interpret)
+            dots: Any = ByOperand(*map(_turned, residuals[:3]))
+            results = derivatives.jvp(plan, residuals, dots, interpret)
+        expected = oracle.vjp(*operands, cotangents, **case.definition)
+        _assert_derivatives(grads[:1], [rows(expected.query)], case)
+        tangents = tuple(map(_turned, operands[:3]))
+        want = oracle.jvp(*operands, tangents, **case.definition)
+        _assert_derivatives(results, map(rows, want), case)
+
 
 def _accumulate(*terms: tuple[tuple[jax.Array, ...], Any, Any]) -> list[tuple[Any, ...]]:
     """As `derivative_blocks.accumulate`: the interpreter has no accumulators with a value."""
@@ -424,6 +530,32 @@ class TestGpu:
             poisoned = program(poison(operands), moved)
         _assert_derivatives(dots, oracle.jvp(*operands, tangents, **case.definition), case)
         jax.tree.map(np.testing.assert_array_equal, dots, poisoned)
+
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    @pytest.mark.parametrize("case", [ROWS, QUERIES, CAPPED, MANY], ids=lambda case: str(case.name))
+    def test_forms(self, case: Case, form: Form) -> None:
+        """The gradient of query, and tangents, which read the cache in place."""
+        stored = Stored.of(case, form)
+        operands, cotangents = case.operands(), case.cotangents()
+        names = ("query", "key", "value")
+
+        def pulled(query: Any, cotangents: Any) -> Any:
+            results, pull = jax.vjp(lambda x: stored.call(stored.arrays | {"query": x}), query)
+            return pull(type(results)(*cotangents))
+
+        def moved(*dots: Any) -> Any:
+            def call(*moving: Any) -> Any:
+                return stored.call(stored.arrays | dict(zip(names, moving, strict=True)))
+
+            return jax.jvp(call, tuple(stored.arrays[name] for name in names), dots)[1]
+
+        with jax.default_device(gpus()[0]):
+            grads = jax.jit(pulled)(operands.query, cotangents)
+            dots = jax.jit(moved)(*(_turned(stored.arrays[name]) for name in names))
+        expected = oracle.vjp(*operands, cotangents, **case.definition)
+        _assert_derivatives(grads, [expected.query], case)
+        tangents = tuple(map(_turned, operands[:3]))
+        _assert_derivatives(dots, oracle.jvp(*operands, tangents, **case.definition), case)
 
     @pytest.mark.parametrize("wrt", [(0,), (1,), (2,), (0, 2)], ids=str)
     @pytest.mark.parametrize("name", ["segments", "causal"])

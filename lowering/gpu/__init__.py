@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ragged.lowering.cache import jvp_by_dense, positions, positions_axis, vjp_by_dense
+from jax_ragged.lowering.cache import positions, positions_axis, vjp_by_dense
 from jax_ragged.lowering.contract import (
     ByOperand,
     ByResult,
@@ -108,8 +108,9 @@ def _check_derivative(
 class _GPU(Lowering):
     """The Hopper kernels of the forward and of `derivatives`.
 
-    The forward reads every form of cache in place. The derivatives read dense caches: pages and
-    heads-first caches are made dense for them, and quantised caches go to the reference.
+    They read every form of cache in place, with two exceptions: for gradients of key or value,
+    pages and heads-first caches are made dense, and derivatives of quantised caches go to the
+    reference.
     """
 
     dense_only = False
@@ -143,11 +144,7 @@ class _GPU(Lowering):
         device_kind: str | None,
     ) -> ByResult[jax.Array]:
         _check_derivative(residuals, params, device_kind)
-
-        def jvp(residuals: Residuals, tangents: Any, params: Any) -> ByResult[jax.Array]:
-            return derivatives.jvp(derivatives.plan_of(residuals, params), residuals, tangents)
-
-        return jvp_by_dense(jvp, residuals, tangents, params)
+        return derivatives.jvp(derivatives.plan_of(residuals, params), residuals, tangents)
 
     def vjp(
         self,
@@ -159,6 +156,9 @@ class _GPU(Lowering):
     ) -> ByOperand[jax.Array | None]:
         _check_derivative(residuals, params, device_kind)
         own = residuals.query.dtype
+        if wrt.key is None and wrt.value is None:
+            plan = derivatives.plan_of(residuals, params)
+            return derivatives.vjp(plan, residuals, cotangents, wrt)
 
         def vjp(dense: Residuals, bars: Any, wrt: Any, params: Any) -> ByOperand[Any]:
             # A dense cache that was made of another form is wider than the kernels multiply.

@@ -6,7 +6,8 @@ the G query heads that share a key head become G queries of that key head, [B, H
 that one tile holds them all ("packed"); with one query that moves nothing. After that step both are
 the same problem: R query rows of H heads, of which every `group` heads share a key head.
 
-Positions are counted in the cache with its rows joined, [B * S, Hkv, D], as in the forward.
+Positions are counted in the joined cache, as `forms` says. The row kernels read every form of cache
+in the dtype of query; kernels that write gradients of the cache take dense ones.
 
                      positions of the cache, in blocks
                   +-----+-----+-----+-----+-----+
@@ -27,6 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_ragged.lowering.cache import heads_axis
+from jax_ragged.lowering.contract import Residuals
+from jax_ragged.lowering.gpu.forms import Form
 from jax_ragged.lowering.gpu.launch import padded, swizzle_columns
 from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS, ceil_to
 from jax_ragged.lowering.gpu.softmax import LOG2_E
@@ -45,6 +49,7 @@ class DerivativePlan:
     """Everything static about the derivatives of one call.
 
     Attributes:
+      form: of the cache.
       block: positions of the cache that a row kernel reads in one step.
       warpgroups: computing warpgroups of a CTA.
       stretch: blocks of a tile's hull that one CTA of a row kernel reads at most.
@@ -55,15 +60,34 @@ class DerivativePlan:
     Q: int
     Hq: int
     Hkv: int
-    S: int
     D: int
     Dv: int
     dtype: Any
     params: RaggedAttentionParams
+    form: Form
     block: int
     warpgroups: int
     stretch: int
     stretches: int
+
+    @property
+    def S(self) -> int:
+        """Positions of a row."""
+        return self.form.S
+
+    @property
+    def piece(self) -> int:
+        """Positions of a block that a row kernel copies together: they lie in one page."""
+        return self.form.piece(self.block)
+
+    @property
+    def unit(self) -> int:
+        """A row kernel's first block begins at a multiple of this.
+
+        Dense rows are joined, and any multiple of a block is a place to begin. Pages, and rows of
+        heads-first caches, begin at other positions.
+        """
+        return self.block if self.form.page_size is None else self.form.unit(self.piece)
 
     @property
     def packed(self) -> bool:
@@ -110,8 +134,8 @@ class DerivativePlan:
 
     @property
     def positions(self) -> int:
-        """Positions of the cache with its rows joined, in whole tiles of the copy engine."""
-        return ceil_to(self.B * self.S, SWIZZLE_ROWS)
+        """Positions of the joined cache, in whole tiles of the copy engine."""
+        return ceil_to(self.B * self.form.stride, SWIZZLE_ROWS)
 
     @property
     def wide(self) -> bool:
@@ -153,17 +177,16 @@ class DerivativePlan:
         return self.stretches * (1 if self.tiles_apart else self.warpgroups)
 
 
-def make_plan(
-    query: jax.Array, key: jax.Array, value: jax.Array, params: RaggedAttentionParams
-) -> DerivativePlan:
-    """The plan for query [B, Q, Hq, D], key [B, S, Hkv, D] and value [B, S, Hkv, Dv]."""
-    B, Q, Hq, D = query.shape
-    S, Hkv, Dv = key.shape[1], key.shape[2], value.shape[3]
+def make_plan(residuals: Residuals, params: RaggedAttentionParams) -> DerivativePlan:
+    """The plan of a call."""
+    B, Q, Hq, D = residuals.query.shape
+    Hkv, Dv = residuals.key.shape[heads_axis(params)], residuals.value.shape[3]
+    form = Form.of(residuals, params)
     block = WGMMA_ROWS
-    blocks = -(-S // block) + 1
+    blocks = -(-form.S // block) + 1
     warpgroups = 2 if D + Dv <= _TWO_TILES else 1
     plan = DerivativePlan(
-        B, Q, Hq, Hkv, S, D, Dv, jnp.dtype(query.dtype), params,
+        B, Q, Hq, Hkv, D, Dv, jnp.dtype(residuals.query.dtype), params, form,
         block, warpgroups, blocks, 1,
     )  # fmt: skip
     # CTAs that find nothing to do cost little, and several a multiprocessor balance the rest.
@@ -215,7 +238,7 @@ def windows(plan: DerivativePlan, lengths: jax.Array, starts: jax.Array) -> jax.
 
     An empty window is (0, 0). The hull is that of all tiles that a CTA of a row kernel has.
     """
-    row = plan.S * jnp.arange(plan.B, dtype=jnp.int32)[:, None]
+    row = plan.form.stride * jnp.arange(plan.B, dtype=jnp.int32)[:, None]
     low, high = jnp.maximum(starts, 0), jnp.minimum(lengths, plan.S)
     filled = high > low
     low, high = (jnp.where(filled, x + row, 0) for x in (low, high))

@@ -24,7 +24,6 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     by_tile,
     fold,
     from_tiles,
-    join_rows,
     log_sum,
     make_plan,
     split_rows,
@@ -33,8 +32,6 @@ from jax_ragged.lowering.gpu.derivative_plan import (
 )
 from jax_ragged.lowering.params import RaggedAttentionParams
 
-# The unit of head dimensions, and their limit: what registers and shared memory hold.
-_HEAD_DIM_UNIT, _MOST_HEAD_DIM = 16, 256
 _BLOCK_SIZE = 64
 
 
@@ -42,26 +39,16 @@ def plan_of(residuals: Residuals, params: RaggedAttentionParams) -> DerivativePl
     """The plan of the kernels of a call.
 
     Raises:
-      Unsupported: for a call that they do not take. The caller has checked the device.
+      Unsupported: for a call that they do not take. The caller has checked what the forward's
+        kernels take, and that the cache is in the dtype of query.
     """
-    query, key, value = residuals[:3]
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        raise Unsupported(
-            f"its derivative kernels take bfloat16 and float16, and this is {query.dtype}"
-        )
-    for name, x in (("query and key", key), ("value", value)):
-        if x.shape[3] % _HEAD_DIM_UNIT or x.shape[3] > _MOST_HEAD_DIM:
-            raise Unsupported(
-                f"its derivative kernels take head dimensions that are multiples of "
-                f"{_HEAD_DIM_UNIT} up to {_MOST_HEAD_DIM}, and that of {name} is {x.shape[3]}"
-            )
     if params.block_size not in (None, _BLOCK_SIZE):
         raise Unsupported(
             f"its derivative kernels read blocks of {_BLOCK_SIZE} positions, and block_size is "
             f"{params.block_size}",
             f"Pass block_size={_BLOCK_SIZE}, or None to let the lowering choose.",
         )
-    return make_plan(query, key, value, params)
+    return make_plan(residuals, params)
 
 
 def vjp(
@@ -72,7 +59,7 @@ def vjp(
     interpret: Any = None,
 ) -> ByOperand[jax.Array | None]:
     """As `Lowering.vjp`."""
-    query, key, value, lengths, starts, out, max_logits, denominator, *_ = residuals
+    query, _, _, lengths, starts, out, max_logits, denominator, *_ = residuals
     out_bar = cotangents.out
     out_bar = jnp.zeros(out.shape, plan.dtype) if out_bar is None else out_bar.astype(plan.dtype)
     # delta = <o_bar, o> - l_bar l and c = m_bar - l_bar l, with o_bar as the kernels multiply it
@@ -93,10 +80,9 @@ def vjp(
     operands = {
         "query": fold(plan, query),
         "out_bar": fold(plan, out_bar),
-        "key": join_rows(plan, key),
-        "value": join_rows(plan, value),
         "log_sum": by_tile(plan, log_sum(max_logits, denominator), jnp.inf),
         "delta": delta,
+        **plan.form.inputs(residuals.operands),
     }
     at_max = at_max_bar is not None
     if at_max_bar is not None:
@@ -141,17 +127,14 @@ def jvp(
     interpret: Any = None,
 ) -> ByResult[jax.Array]:
     """As `Lowering.jvp`."""
-    query, key, value, lengths, starts, out, max_logits, denominator, *_ = residuals
-    query_dot, key_dot, value_dot = tangents[:3]
-    operands = {"query": fold(plan, query)}
-    if query_dot is not None:
-        operands["query_dot"] = fold(plan, query_dot)
-    caches = {"key": key, "value": value, "key_dot": key_dot, "value_dot": value_dot}
-    operands |= {name: join_rows(plan, x) for name, x in caches.items() if x is not None}
-    rows = tuple(name for name in operands if name.startswith("query"))
-    cache = tuple(name for name in operands if not name.startswith("query"))
-    task = row_kernels.RowTask("tangents", rows, cache)
+    query, _, _, lengths, starts, out, max_logits, denominator, *_ = residuals
+    queries = {"query": query, "query_dot": tangents.query}
+    rows = {name: fold(plan, x) for name, x in queries.items() if x is not None}
+    dots = {"key_dot": tangents.key, "value_dot": tangents.value}
+    cache = {name: plan.form.array(x) for name, x in dots.items() if x is not None}
+    task = row_kernels.RowTask("tangents", tuple(rows), ("key", "value", *cache))
     table = windows(plan, lengths, starts)
+    operands = rows | cache | plan.form.inputs(residuals.operands)
     operands["log_sum"] = by_tile(plan, log_sum(max_logits, denominator), jnp.inf)
     results = row_kernels.run(plan, task, table, operands, interpret)
     _, at = _first_peak(results)

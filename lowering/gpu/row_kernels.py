@@ -44,6 +44,7 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     DerivativePlan,
     statistics,
 )
+from jax_ragged.lowering.gpu.forms import Place
 from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
 from jax_ragged.lowering.gpu.softmax import ROWS, TILE, along
@@ -59,7 +60,7 @@ class RowTask:
     Attributes:
       name: "peaks", "cotangent" or "tangents".
       rows: names of the operands of query rows, of `shape_of_rows(D or Dv)`.
-      cache: names of the operands [positions, Hkv, D or Dv] of the cache.
+      cache: names of the operands of the cache, arrays of `Form.array`.
       at_max: whether there are cotangents of the maximum (cotangent).
       dtype: of the result, of `shape_of_rows(columns)`.
     """
@@ -106,7 +107,7 @@ def run(
       plan: of the call.
       task: what to compute.
       windows: i32 [B, tiles, 3, 64], of `derivative_plan.windows`.
-      operands: arrays by the names in the task, and perhaps others.
+      operands: arrays by the names in the task, page_table if there is one, and perhaps others.
       interpret: for JAX's interpreter.
 
     Returns:
@@ -115,6 +116,8 @@ def run(
     """
     names_of_inputs = (*task.inputs, *task.rows, *task.cache)
     inputs = {"windows": windows} | {name: operands[name] for name in names_of_inputs}
+    if plan.form.paged:
+        inputs["page_table"] = operands["page_table"]
     results: dict[str, jax.ShapeDtypeStruct] = {}
     tiles = (plan.partials, plan.B, plan.H, plan.tiles)
     if columns := task.columns(plan):
@@ -169,7 +172,8 @@ def _scratch(plan: DerivativePlan, task: RowTask) -> dict[str, Any]:
     for name in task.cache:
         shape = (stages, plan.block, plan.width(name))
         scratch[f"{name}_blocks"] = shared_rows(shape, plan.dtype)
-        scratch[f"{name}_full"] = plgpu.Barrier(num_barriers=stages)
+        pieces = plan.block // plan.piece
+        scratch[f"{name}_full"] = plgpu.Barrier(num_arrivals=pieces, num_barriers=stages)
         scratch[f"{name}_free"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
     scratch["rows_full"] = plgpu.Barrier(num_arrivals=len(task.rows) * tiles)
     if task.columns(plan):
@@ -191,7 +195,7 @@ class _RowWork:
       group: the set of tiles.
       stretch: the number of the stretch.
       low, high: the hull, in positions.
-      first: the first block; a block starts at a multiple of its size.
+      first: the first position of the first block.
       count: of blocks.
     """
 
@@ -213,10 +217,9 @@ class _RowWork:
         stretch = lax.rem(cta, plan.stretches)
         tile = group * _tiles_of_cta(plan)
         low, high = (windows_ref[b, tile, SCALARS, i] for i in (HULL_LOW, HULL_HIGH))
-        begin = lax.div(low, plan.block) + stretch * plan.stretch
-        end = lax.div(high + (plan.block - 1), plan.block)
-        count = jnp.clip(end - begin, 0, plan.stretch)
-        return cls(b, head, group, stretch, low, high, begin, count)
+        first = lax.div(low, plan.unit) * plan.unit + stretch * (plan.stretch * plan.block)
+        count = jnp.clip(lax.div(high - first + (plan.block - 1), plan.block), 0, plan.stretch)
+        return cls(b, head, group, stretch, low, high, first, count)
 
 
 def _kernel(plan: DerivativePlan, task: RowTask, refs: Refs) -> None:
@@ -236,14 +239,13 @@ def _copy(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork) -> No
         for name in task.rows:
             source = refs[name].at[plan.at(work.b, rows, work.head)]
             plgpu.copy_gmem_to_smem(source, refs[f"{name}_tiles"].at[i], refs.rows_full)
-    kv_head = lax.div(work.head, plan.group)
+    place = Place(work.b, lax.div(work.head, plan.group), work.high, plan.piece)
 
     def start(i: Any, slot: Any) -> None:
-        rows = pl.ds(pl.multiple_of((work.first + i) * plan.block, plan.block), plan.block)
+        first = work.first + i * plan.block
+        pages = plan.form.pages(refs, place, first, plan.block)
         for name in task.cache:
-            full = refs[f"{name}_full"].at[slot]
-            to = refs[f"{name}_blocks"].at[slot]
-            plgpu.copy_gmem_to_smem(refs[name].at[rows, kv_head], to, full)
+            plan.form.copy_block(refs, name, slot, place, first, pages)
 
     free = [refs[f"{name}_free"] for name in task.cache]
     blocks.copy_ahead(work.count, _stages(plan, task), free, start)
@@ -304,7 +306,7 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
         # Its number in the stretch, where blocks are dealt to the warpgroups.
         i = i if plan.tiles_apart else i * plan.warpgroups + wg
         slot = lax.rem(i, stages)
-        first = (work.first + i) * plan.block
+        first = work.first + i * plan.block
         operands = {name: refs[f"{name}_blocks"].at[slot] for name in task.cache}
         operands |= {name: refs[f"{name}_tiles"].at[tile.slot] for name in task.rows}
         for name in task.cache:
