@@ -25,10 +25,10 @@ from jax_ragged import Unsupported, ragged_attention
 from jax_ragged.lowering.contract import ByOperand, ByResult, Residuals
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.gpu import derivative_blocks, derivatives
-from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.params import OPTIONAL, RaggedAttentionParams
 from lowerings import gpus, refusal
 from programs import emitted
-from test_gpu_forms import CAPPED, FORMS, MANY, QUERIES, ROWS, Form, Stored
+from test_gpu_forms import CAPPED, FORMS, MANY, QUANTISED, QUERIES, ROWS, Form, Stored
 from test_gpu_lowering import FITTED, H200
 
 
@@ -95,10 +95,10 @@ def _bar_dtypes(case: Case, wrt: tuple[bool, bool, bool]) -> ByOperand[Any]:
     return ByOperand(*(jnp.dtype(case.dtype) if asked else None for asked in wrt))
 
 
-def _residuals(case: Case, operands: Operands) -> Residuals:
-    """The folded operands, and the oracle's results for them in float32."""
+def _residuals(case: Case, operands: Operands, results: oracle.Results | None = None) -> Residuals:
+    """The folded operands, and the oracle's results, of the case or others, in float32."""
     query, key, value, lengths, starts = operands
-    results = case.expected()
+    results = case.expected() if results is None else results
     starts = np.zeros_like(lengths) if starts is None else starts
     if case.Q is None:
         query, lengths, starts = query[:, None], lengths[:, None], starts[:, None]
@@ -282,13 +282,12 @@ class TestLowered:
 
 def _stored_call(stored: Stored) -> tuple[Residuals, RaggedAttentionParams]:
     """The folded operands with the cache in a form, with the oracle's results; the parameters."""
-    residuals = _residuals(stored.case, stored.case.operands())
-    key, value, table = (stored.arrays.get(name) for name in ("key", "value", "page_table"))
-    residuals = residuals._replace(key=jnp.asarray(key), value=jnp.asarray(value))
-    optional: tuple[str, ...] = ()
-    if table is not None:  # as the primitive folds it
-        residuals = residuals._replace(page_table=jnp.clip(table, 0, len(residuals.key) - 1))
-        optional = ("page_table",)
+    residuals = _residuals(stored.case, stored.case.operands(), stored.expected())
+    optional = tuple(name for name in OPTIONAL if name in stored.arrays)
+    changed = {name: jnp.asarray(stored.arrays[name]) for name in ("key", "value", *optional)}
+    if "page_table" in optional:  # as the primitive folds it
+        changed["page_table"] = jnp.clip(changed["page_table"], 0, len(changed["key"]) - 1)
+    residuals = residuals._replace(**changed)
     layout: Any = stored.layout
     params = RaggedAttentionParams(
         **stored.case.params,
@@ -308,7 +307,11 @@ class TestLoweredForms:
     """Derivatives that read caches in other forms than the dense one."""
 
     @pytest.mark.parametrize("case", [ROWS, MANY], ids=lambda case: case.name)
-    @pytest.mark.parametrize("form", FORMS[:4], ids=str)
+    @pytest.mark.parametrize(
+        "form",
+        tiered([*FORMS[:4], *QUANTISED], [Form(16), Form(None, "BHSD"), *QUANTISED[1:3]]),
+        ids=str,
+    )
     def test_the_kernels_read_the_form_itself(self, case: Case, form: Form) -> None:
         # The cache is larger than the queries.
         case = dataclasses.replace(case, S=8192 if case is MANY else 1024)
@@ -318,13 +321,14 @@ class TestLoweredForms:
         bars = ByResult(residuals.out.astype(case.dtype), None, None)
         dots = ByOperand(*map(_turned, residuals[:3]))
         programs = {
-            1: _lowered(lambda r, t: target.jvp(r, t, params), residuals, dots),
             2: _lowered(
                 lambda r, t: target.vjp(r, t, _bar_dtypes(case, (True, False, False)), params),
                 residuals,
                 bars._replace(max_logits=residuals.max_logits),
             ),
         }
+        if form.dtype is None:
+            programs[1] = _lowered(lambda r, t: target.jvp(r, t, params), residuals, dots)
         least = min(residuals.key.size, residuals.value.size)
         moves = ("gather", "pad", "concatenate", "convert", "slice", "transpose", "select")
         for kernels, text in programs.items():
@@ -362,6 +366,27 @@ class TestUnsupported:
         case = Case("", (70, 104), S=104, D=64, Dv=64, dtype="bfloat16")
         reason = _refused(operation, dataclasses.replace(case, **changes))
         assert (reason is None) if says is None else (reason is not None and says in reason)
+
+    @pytest.mark.parametrize(
+        ("dtype", "wrt", "says"),
+        [
+            ("bfloat16", (True, True, False), "the gradient of query alone.*key is float8_e5m2"),
+            ("float16", (True, False, False), "in bfloat16, and this is float16"),
+        ],
+    )
+    def test_quantised(self, dtype: str, wrt: tuple[bool, bool, bool], says: str) -> None:
+        case = dataclasses.replace(ROWS, dtype=dtype)
+        residuals, params = _stored_call(Stored.of(case, Form(None, "BSHD", "float8_e5m2", None)))
+        bars = ByResult(residuals.out.astype(dtype), None, None)
+        vjp = functools.partial(Target("cuda", H200).vjp, wrt=_bar_dtypes(case, wrt), params=params)
+        with pytest.raises(NotImplementedError, match=says):
+            jax.eval_shape(vjp, residuals, bars)
+
+    def test_tangents_of_a_quantised_cache(self) -> None:
+        residuals, params = _stored_call(Stored.of(ROWS, Form(None, "BSHD", "int8")))
+        dots = ByOperand(residuals.query, None, None)
+        with pytest.raises(NotImplementedError, match=r"the gradient of query alone.*key is int8"):
+            jax.eval_shape(lambda r, t: Target("cuda", H200).jvp(r, t, params), residuals, dots)
 
 
 def _assert_derivatives(actual: Any, expected: Any, case: Case) -> None:
@@ -447,8 +472,11 @@ class TestInterpreted:
                 (CAPPED, Form(48, "BHSD")),
                 (dataclasses.replace(ROWS, S=261), Form(None, "BHSD")),
                 (Case("tiles", **_causal(72, 40, rows=1), Hq=2, Hkv=1, **_SIZES), Form(16)),
+                *((ROWS, form) for form in QUANTISED),
+                (dataclasses.replace(QUERIES, logits_soft_cap=2.0), QUANTISED[2]),
+                (Case("tiles", **_causal(72, 40, rows=1), Hq=2, **_SIZES), QUANTISED[0]),
             ],
-            [(QUERIES, Form(64)), (ROWS, Form(48, "BHSD"))],
+            [(ROWS, Form(48, "BHSD")), (ROWS, QUANTISED[2])],
         ),
         ids=lambda x: getattr(x, "name", str(x)),
     )
@@ -456,7 +484,9 @@ class TestInterpreted:
         """The gradient of query, and tangents, which read the cache in place."""
         monkeypatch.setattr(derivative_blocks, "accumulate", _accumulate)
         stored = Stored.of(case, form)
-        operands, cotangents = case.operands(), case.cotangents()
+        query, *_, lengths, starts = case.operands()
+        operands = query, *stored.dense, lengths, starts
+        cotangents = case.cotangents()
 
         def rows(x: Any) -> Any:
             return x[:, None] if case.Q is None else x
@@ -472,13 +502,16 @@ class TestInterpreted:
             bars: Any = ByResult(*(rows(jnp.asarray(x)) for x in cotangents))
             wrt = _bar_dtypes(case, (True, False, False))
             grads = derivatives.vjp(plan, residuals, bars, wrt, interpret)
-            dots: Any = ByOperand(*map(_turned, residuals[:3]))
-            results = derivatives.jvp(plan, residuals, dots, interpret)
+            results: Any = None
+            if form.dtype is None:  # the tangents of quantised caches have no kernel
+                dots: Any = ByOperand(*map(_turned, residuals[:3]))
+                results = derivatives.jvp(plan, residuals, dots, interpret)
         expected = oracle.vjp(*operands, cotangents, **case.definition)
         _assert_derivatives(grads[:1], [rows(expected.query)], case)
-        tangents = tuple(map(_turned, operands[:3]))
-        want = oracle.jvp(*operands, tangents, **case.definition)
-        _assert_derivatives(results, map(rows, want), case)
+        if results is not None:
+            tangents = tuple(map(_turned, operands[:3]))
+            want = oracle.jvp(*operands, tangents, **case.definition)
+            _assert_derivatives(results, map(rows, want), case)
 
 
 def _accumulate(*terms: tuple[tuple[jax.Array, ...], Any, Any]) -> list[tuple[Any, ...]]:
@@ -531,17 +564,29 @@ class TestGpu:
         _assert_derivatives(dots, oracle.jvp(*operands, tangents, **case.definition), case)
         jax.tree.map(np.testing.assert_array_equal, dots, poisoned)
 
-    @pytest.mark.parametrize("form", FORMS, ids=str)
-    @pytest.mark.parametrize("case", [ROWS, QUERIES, CAPPED, MANY], ids=lambda case: str(case.name))
-    def test_forms(self, case: Case, form: Form) -> None:
-        """The gradient of query, and tangents, which read the cache in place."""
+    @pytest.mark.parametrize("form", FORMS + QUANTISED, ids=str)
+    @pytest.mark.parametrize("case", [ROWS, QUERIES, CAPPED, MANY], ids=lambda case: case.name)
+    def test_query_gradients_of_forms(self, case: Case, form: Form) -> None:
+        if form.dtype is not None:
+            case = dataclasses.replace(case, dtype="bfloat16")
         stored = Stored.of(case, form)
-        operands, cotangents = case.operands(), case.cotangents()
-        names = ("query", "key", "value")
+        query, *_, lengths, starts = case.operands()
+        cotangents = case.cotangents()
 
         def pulled(query: Any, cotangents: Any) -> Any:
             results, pull = jax.vjp(lambda x: stored.call(stored.arrays | {"query": x}), query)
             return pull(type(results)(*cotangents))
+
+        with jax.default_device(gpus()[0]):
+            grads = jax.jit(pulled)(query, cotangents)
+        expected = oracle.vjp(query, *stored.dense, lengths, starts, cotangents, **case.definition)
+        _assert_derivatives(grads, [expected.query], case)
+
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    @pytest.mark.parametrize("case", [ROWS, QUERIES, CAPPED, MANY], ids=lambda case: case.name)
+    def test_tangents_of_forms(self, case: Case, form: Form) -> None:
+        stored = Stored.of(case, form)
+        names = ("query", "key", "value")
 
         def moved(*dots: Any) -> Any:
             def call(*moving: Any) -> Any:
@@ -550,10 +595,8 @@ class TestGpu:
             return jax.jvp(call, tuple(stored.arrays[name] for name in names), dots)[1]
 
         with jax.default_device(gpus()[0]):
-            grads = jax.jit(pulled)(operands.query, cotangents)
             dots = jax.jit(moved)(*(_turned(stored.arrays[name]) for name in names))
-        expected = oracle.vjp(*operands, cotangents, **case.definition)
-        _assert_derivatives(grads, [expected.query], case)
+        operands = case.operands()
         tangents = tuple(map(_turned, operands[:3]))
         _assert_derivatives(dots, oracle.jvp(*operands, tangents, **case.definition), case)
 

@@ -93,15 +93,27 @@ def _check(
 
 
 def _check_derivative(
-    residuals: Residuals, params: RaggedAttentionParams, device_kind: str | None
+    residuals: Residuals,
+    params: RaggedAttentionParams,
+    device_kind: str | None,
+    of_query: bool = False,
 ) -> None:
-    """Raises Unsupported for a call whose derivatives no kernel takes."""
+    """Raises Unsupported for derivatives that no kernel takes; `of_query`: of query alone."""
     _check(residuals, params, device_kind)
+    own = residuals.query.dtype
     for name, x in (("key", residuals.key), ("value", residuals.value)):
-        if x.dtype != residuals.query.dtype:
+        if x.dtype == own:
+            continue
+        if not of_query:
             raise Unsupported(
-                "the kernels of its derivatives take caches in the dtype of query, and "
-                f"{name} is {x.dtype}"
+                "its kernels for derivatives other than the gradient of query alone take caches "
+                f"in the dtype of query, and {name} is {x.dtype}"
+            )
+        # Cotangents of logits times scales may be too small for float16.
+        if own != jnp.bfloat16:
+            raise Unsupported(
+                "its kernel for the gradient of query takes quantised caches beside a query in "
+                f"bfloat16, and this is {own}"
             )
 
 
@@ -109,8 +121,8 @@ class _GPU(Lowering):
     """The Hopper kernels of the forward and of `derivatives`.
 
     They read every form of cache in place, with two exceptions: for gradients of key or value,
-    pages and heads-first caches are made dense, and derivatives of quantised caches go to the
-    reference.
+    pages and heads-first caches are made dense, and of the derivatives of quantised caches there is
+    a kernel for the gradient of query alone.
     """
 
     dense_only = False
@@ -154,11 +166,12 @@ class _GPU(Lowering):
         params: RaggedAttentionParams,
         device_kind: str | None,
     ) -> ByOperand[jax.Array | None]:
-        _check_derivative(residuals, params, device_kind)
-        own = residuals.query.dtype
-        if wrt.key is None and wrt.value is None:
+        of_cache = any(dtype is not None for dtype in wrt[1:])
+        _check_derivative(residuals, params, device_kind, of_query=not of_cache)
+        if not of_cache:
             plan = derivatives.plan_of(residuals, params)
             return derivatives.vjp(plan, residuals, cotangents, wrt)
+        own = residuals.query.dtype
 
         def vjp(dense: Residuals, bars: Any, wrt: Any, params: Any) -> ByOperand[Any]:
             # A dense cache that was made of another form is wider than the kernels multiply.

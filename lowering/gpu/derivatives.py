@@ -39,8 +39,7 @@ def plan_of(residuals: Residuals, params: RaggedAttentionParams) -> DerivativePl
     """The plan of the kernels of a call.
 
     Raises:
-      Unsupported: for a call that they do not take. The caller has checked what the forward's
-        kernels take, and that the cache is in the dtype of query.
+      Unsupported: for a block size that they do not take. The caller has checked the rest.
     """
     if params.block_size not in (None, _BLOCK_SIZE):
         raise Unsupported(
@@ -58,7 +57,7 @@ def vjp(
     wrt: ByOperand[Any],
     interpret: Any = None,
 ) -> ByOperand[jax.Array | None]:
-    """As `Lowering.vjp`."""
+    """As `Lowering.vjp`; the cache is dense if its gradients are asked for."""
     query, _, _, lengths, starts, out, max_logits, denominator, *_ = residuals
     out_bar = cotangents.out
     out_bar = jnp.zeros(out.shape, plan.dtype) if out_bar is None else out_bar.astype(plan.dtype)

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu import tile
-from jax_ragged.lowering.gpu.forms import SCALED_HEADS
+from jax_ragged.lowering.gpu.forms import scales_of_positions, widened
 from jax_ragged.lowering.gpu.launch import Refs, shared_rows
 from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, Plan, chunk
 from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, along, logits, masked, raised
@@ -74,7 +74,7 @@ def block(
     values = functools.partial(_values, plan, refs, windows, place, edge)
     products, x = _key_products(plan, refs, place, values if early else lambda: None)
     if plan.form.key.scale == "position":
-        key_unit = _own_scales(plan, refs, "key", place)
+        key_unit = scales_of_positions(refs, "key", place.slot, place.head)
     if plan.keys_in_registers or plan.form.key.scale == "position":
         # What has been loaded from the slot is, before the copy engine writes there again.
         plgpu.commit_smem()
@@ -92,7 +92,7 @@ def block(
 
     chunks = x if early else values()
     if plan.form.value.scale == "position":
-        unit = _own_scales(plan, refs, "value", place)
+        unit = scales_of_positions(refs, "value", place.slot, place.head)
         unit = lax.cond(edge, functools.partial(_zeroed, plan, windows, first), lambda x: x, unit)
         p *= along(unit, p.shape, 0)
     for i in range(plan.weight_parts):
@@ -135,13 +135,6 @@ def _over_positions(
     refs.exchange[stream] = functools.reduce(combine, tiles)
     everything = mosaic_gpu_load(refs.exchange.at[stream], layout=_IN_EVERY_WARP, optimized=False)
     return reduction(everything, axis=0)
-
-
-def _wide(x: jax.Array, dtype: Any) -> jax.Array:
-    """Quantised numbers in a dtype of 16 bits, exactly."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        x = x.astype(jnp.float32)  # the hardware has no conversion to bfloat16
-    return x.astype(dtype)
 
 
 def prepare(plan: Plan, refs: Refs, stream: Any) -> None:
@@ -199,7 +192,7 @@ def _key_products(
     terms = []
     for column in range(0, plan.D, step):
         columns = pl.ds(column, step)
-        x = _wide(mosaic_gpu_load(keys.at[:, columns], layout=TILE), plan.dtype)
+        x = widened(mosaic_gpu_load(keys.at[:, columns], layout=TILE), plan.dtype)
         terms.append((x, query.at[:, columns].transpose((1, 0))))
     return tile.product(shape, *terms, meanwhile=meanwhile)
 
@@ -223,20 +216,12 @@ def _values(
         columns = pl.ds(column, plan.chunk)
         x = refs.value_blocks.at[place.slot, :, columns].transpose((1, 0))
         if narrow is not None:
-            wide = _wide(mosaic_gpu_load(x, layout=_TRANSPOSED), plan.value_dtype)
+            wide = widened(mosaic_gpu_load(x, layout=_TRANSPOSED), plan.value_dtype)
             x = plgpu.layout_cast(wide, TILE)
             if jnp.issubdtype(narrow, jnp.floating):
                 x = lax.cond(edge, zeroed, lambda x: x, x)
         chunks.append(x)
     return tuple(chunks)
-
-
-def _own_scales(plan: Plan, refs: Refs, name: str, place: BlockPlace) -> jax.Array:
-    """The scales of a block's positions of the stream's head, [T]: of [T, 8 heads] in memory."""
-    scales = mosaic_gpu_load(refs[f"{name}_scales"].at[place.slot], layout=TILE, optimized=False)
-    head = plgpu.broadcasted_iota(jnp.int32, scales.shape, 1, layout=TILE)
-    own = head == lax.rem(place.head, SCALED_HEADS)
-    return jnp.where(own, scales, 0.0).sum(axis=1)
 
 
 def write(plan: Plan, staging: Any, sums: tuple[jax.Array, ...], column: int) -> Any:

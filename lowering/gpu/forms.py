@@ -31,9 +31,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.cache import positions, positions_axis
 from jax_ragged.lowering.contract import Operands, Residuals
 from jax_ragged.lowering.gpu.launch import Refs, overhanging, padded, swizzle_columns
+from jax_ragged.lowering.gpu.softmax import TILE
 from jax_ragged.lowering.params import RaggedAttentionParams
 
 # The copy engine moves whole swizzle tiles: positions start at a multiple of this many.
@@ -68,6 +70,11 @@ class Stored:
             by_head = scale.shape[0] == scale.shape[positions_axis(params)] == 1
             kind = "head" if by_head else "position"
         return cls(None if x.dtype == dtype else jnp.dtype(x.dtype), kind)
+
+    def position_bytes(self, columns: int, itemsize: int) -> int:
+        """Bytes of shared memory for a position of a block, with its scales as they are copied."""
+        scales = 4 * SCALED_HEADS if self.scale == "position" else 0
+        return columns * (self.narrow.itemsize if self.narrow else itemsize) + scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +123,12 @@ class Form:
         return self.key.narrow is not None or self.value.narrow is not None
 
     def stored(self, name: str) -> Stored:
-        """How key or value is stored, by name."""
-        return self.key if name == "key" else self.value
+        """How key, value or the tangent of one is stored, by name."""
+        return self.key if name.startswith("key") else self.value
 
     def position_bytes(self, D: int, Dv: int, itemsize: int) -> int:
         """Bytes of shared memory for a position of a block, with its scales as they are copied."""
-        return sum(
-            columns * (stored.narrow.itemsize if stored.narrow else itemsize)
-            + (4 * SCALED_HEADS if stored.scale == "position" else 0)
-            for stored, columns in ((self.key, D), (self.value, Dv))
-        )
+        return self.key.position_bytes(D, itemsize) + self.value.position_bytes(Dv, itemsize)
 
     def joins(self, B: int) -> int:
         """How many positions of one head stand in a row in memory, of a cache of B rows."""
@@ -300,6 +303,21 @@ class Form:
 
 def _ceil(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
+
+
+def widened(x: jax.Array, dtype: Any) -> jax.Array:
+    """Quantised numbers in a dtype of 16 bits, exactly."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.float32)  # the hardware has no conversion to bfloat16
+    return x.astype(dtype)
+
+
+def scales_of_positions(refs: Refs, name: str, slot: Any, head: Any) -> jax.Array:
+    """The scales of a head of a block's positions, [T] in registers: of [T, 8 heads] in memory."""
+    scales = mosaic_gpu_load(refs[f"{name}_scales"].at[slot], layout=TILE, optimized=False)
+    column = plgpu.broadcasted_iota(jnp.int32, scales.shape, 1, layout=TILE)
+    own = column == lax.rem(head, SCALED_HEADS)
+    return jnp.where(own, scales, 0.0).sum(axis=1)
 
 
 class Place(NamedTuple):

@@ -13,6 +13,9 @@ For a tile and a block, with s = q k.T [64, T] and p the normalised probabilitie
     cotangent   q_bar += s_bar k          with s_bar of `derivative_blocks.logit_cotangents`
     tangents    o_dot += (p z_dot) v + p v_dot, and sums of p and of p z_dot, and z_dot at t*
 
+Quantised keys and values are widened: each warpgroup converts the block to 16 bits in shared memory
+of its own. The scales of keys multiply the logits and their cotangents, those of values p_bar.
+
 The results of a stretch (and, where blocks are dealt, of a warpgroup) are partial, and the
 caller adds them. Which positions lie outside every window is decided before a product contracts
 over positions: key, value and value_dot are zeroed there in shared memory.
@@ -44,10 +47,10 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     DerivativePlan,
     statistics,
 )
-from jax_ragged.lowering.gpu.forms import Place
+from jax_ragged.lowering.gpu.forms import SCALED_HEADS, Place, scales_of_positions, widened
 from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
-from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
-from jax_ragged.lowering.gpu.softmax import ROWS, TILE, along
+from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, chunk
+from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, along
 
 # Shared memory of a CTA, less what barriers and statistics take.
 _SHARED_MEMORY = 222 * 1024
@@ -107,7 +110,8 @@ def run(
       plan: of the call.
       task: what to compute.
       windows: i32 [B, tiles, 3, 64], of `derivative_plan.windows`.
-      operands: arrays by the names in the task, page_table if there is one, and perhaps others.
+      operands: arrays by the names in the task, page_table and scales if there are any, and
+        perhaps others.
       interpret: for JAX's interpreter.
 
     Returns:
@@ -116,8 +120,9 @@ def run(
     """
     names_of_inputs = (*task.inputs, *task.rows, *task.cache)
     inputs = {"windows": windows} | {name: operands[name] for name in names_of_inputs}
-    if plan.form.paged:
-        inputs["page_table"] = operands["page_table"]
+    for name in ("page_table", *(f"{name}_scale" for name in task.cache)):
+        if name in operands:
+            inputs[name] = operands[name]
     results: dict[str, jax.ShapeDtypeStruct] = {}
     tiles = (plan.partials, plan.B, plan.H, plan.tiles)
     if columns := task.columns(plan):
@@ -153,8 +158,17 @@ def _used(plan: DerivativePlan, task: RowTask) -> tuple[int, int]:
     itemsize = plan.dtype.itemsize
     tile = sum(plan.width(name) for name in task.rows) * itemsize
     staging = plan.chunk(task.columns(plan), task.dtype) * jnp.dtype(task.dtype).itemsize
-    used = (_tiles_of_cta(plan) * tile + plan.warpgroups * staging) * WGMMA_ROWS
-    return used, plan.block * sum(plan.width(name) for name in task.cache) * itemsize
+    of_warpgroup = staging + sum(plan.width(name) for name in _quantised(plan, task)) * itemsize
+    used = (_tiles_of_cta(plan) * tile + plan.warpgroups * of_warpgroup) * WGMMA_ROWS
+    position = sum(
+        plan.form.stored(name).position_bytes(plan.width(name), itemsize) for name in task.cache
+    )
+    return used, plan.block * position
+
+
+def _quantised(plan: DerivativePlan, task: RowTask) -> tuple[str, ...]:
+    """The operands of the cache that are quantised."""
+    return tuple(name for name in task.cache if plan.form.stored(name).narrow is not None)
 
 
 def _tiles_of_cta(plan: DerivativePlan) -> int:
@@ -170,11 +184,17 @@ def _scratch(plan: DerivativePlan, task: RowTask) -> dict[str, Any]:
     # A block is of both warpgroups, or of one.
     arrivals = plan.warpgroups if plan.tiles_apart else 1
     for name in task.cache:
-        shape = (stages, plan.block, plan.width(name))
-        scratch[f"{name}_blocks"] = shared_rows(shape, plan.dtype)
-        pieces = plan.block // plan.piece
-        scratch[f"{name}_full"] = plgpu.Barrier(num_arrivals=pieces, num_barriers=stages)
+        stored, block = plan.form.stored(name), (plan.block, plan.width(name))
+        scratch[f"{name}_blocks"] = shared_rows((stages, *block), stored.narrow or plan.dtype)
+        copies = plan.form.arrivals(name, plan.block // plan.piece)
+        scratch[f"{name}_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
         scratch[f"{name}_free"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+        if stored.narrow is not None:
+            scratch[f"{name}_wide"] = shared_rows((plan.warpgroups, *block), plan.dtype)
+        if stored.scale == "position":
+            scales = (stages, plan.block, SCALED_HEADS)
+            scratch[f"{name}_scales"] = plgpu.SMEM(scales, jnp.float32)
+            scratch[f"{name}_units"] = plgpu.SMEM((plan.warpgroups, plan.block), jnp.float32)
     scratch["rows_full"] = plgpu.Barrier(num_arrivals=len(task.rows) * tiles)
     if task.columns(plan):
         shape = (plan.warpgroups, WGMMA_ROWS, plan.chunk(task.columns(plan), task.dtype))
@@ -311,6 +331,10 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
         operands |= {name: refs[f"{name}_tiles"].at[tile.slot] for name in task.rows}
         for name in task.cache:
             plgpu.barrier_wait(refs[f"{name}_full"].at[slot])
+        for name in _quantised(plan, task):
+            operands[name] = _widen(plan, operands[name], refs[f"{name}_wide"].at[wg])
+        for name in task.cache:
+            operands[f"{name}_unit"] = _unit(plan, refs, work, name, slot, wg)
         for name in task.zeroed:
             _zero_outside(plan, refs, work, tile, operands[name], first)
         state = step(plan, tile, operands, first, state)
@@ -323,6 +347,38 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
         count = lax.div(count + (plan.warpgroups - 1 - wg), plan.warpgroups)
     state = lax.fori_loop(0, count, block, _initial_state(plan, task))
     _store(plan, task, refs, work, tile, wg, state)
+
+
+def _widen(plan: DerivativePlan, ref: Any, wide_ref: Any) -> Any:
+    """Writes a quantised block [T, columns] in 16 bits to shared memory, and returns the ref."""
+    size = chunk(ref.shape[1], ref.dtype)
+    for column in range(0, ref.shape[1], size):
+        columns = pl.ds(column, size)
+        x = widened(mosaic_gpu_load(ref.at[:, columns], layout=TILE), plan.dtype)
+        wide_ref.at[:, columns][...] = x
+    plgpu.commit_smem()
+    return wide_ref
+
+
+def _unit(plan: DerivativePlan, refs: Refs, work: _RowWork, name: str, slot: Any, wg: Any) -> Any:
+    """The scale of a block of key or value: a number, one for each position [T], or None."""
+    kind, head = plan.form.stored(name).scale, lax.div(work.head, plan.group)
+    if kind is None:
+        return None
+    if kind == "head":
+        return refs[f"{name}_scale"][head]
+    # In shared memory they move from the rows of a tile of registers to its columns.
+    units = refs[f"{name}_units"].at[wg]
+    units[...] = scales_of_positions(refs, name, slot, head)
+    plgpu.commit_smem()
+    return mosaic_gpu_load(units, layout=COLUMNS, optimized=False)
+
+
+def _scaled(x: jax.Array, unit: Any) -> jax.Array:
+    """Multiplies x [64, T] by a scale of `_unit`."""
+    if unit is None:
+        return x
+    return x * (along(unit, x.shape, 1) if unit.ndim else unit)
 
 
 def _zero_outside(
@@ -389,6 +445,7 @@ def _peaks(
 ) -> Any:
     """One block's part of the peaks."""
     (s,) = blocks.dots((operands["query"], operands["key"]))
+    s = _scaled(s, operands["key_unit"])
     (z,) = _masked(plan, tile, first, (blocks.logits(plan, s)[0], -math.inf))
     return _higher(plan, z, first, *state)[:2]
 
@@ -402,9 +459,10 @@ def _cotangent(
     s, p_bar = blocks.dots(
         (operands["query"], operands["key"]), (operands["out_bar"], operands["value"])
     )
+    s, p_bar = _scaled(s, operands["key_unit"]), _scaled(p_bar, operands["value_unit"])
     p, dz_ds = blocks.probabilities(plan, s, tile.log_sum, 0)
     s_bar = blocks.logit_cotangents(p, dz_ds, p_bar, tile.delta, tile.at_max, first, 0)
-    (s_bar,) = _masked(plan, tile, first, (s_bar, 0.0))
+    (s_bar,) = _masked(plan, tile, first, (_scaled(s_bar, operands["key_unit"]), 0.0))
     (state,) = blocks.accumulate((state, s_bar.astype(plan.dtype), operands["key"]))
     return state
 
