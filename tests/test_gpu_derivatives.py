@@ -26,7 +26,7 @@ from jax_ragged import Unsupported, ragged_attention
 from jax_ragged.lowering.contract import ByOperand, ByResult, Residuals
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.gpu import derivative_blocks, derivatives, row_kernels
-from jax_ragged.lowering.gpu.plan import SHARED_MEMORY
+from jax_ragged.lowering.gpu.chip import SHARED_MEMORY
 from jax_ragged.lowering.params import OPTIONAL, RaggedAttentionParams
 from lowerings import gpus, refusal
 from programs import emitted

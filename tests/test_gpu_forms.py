@@ -18,8 +18,9 @@ from cases import Case, assert_close, tiered, tolerance
 from jax_ragged import ragged_attention
 from jax_ragged.lowering import contract
 from jax_ragged.lowering.gpu import attend, forms, plan as line_plan, team_plan, teams
+from jax_ragged.lowering.gpu.chip import SHARED_MEMORY
 from jax_ragged.lowering.gpu.line import attend_along_line
-from jax_ragged.lowering.gpu.plan import SHARED_MEMORY, make_plan
+from jax_ragged.lowering.gpu.plan import make_plan
 from jax_ragged.lowering.params import OPTIONAL, RaggedAttentionParams
 from lowerings import gpus
 from programs import emitted

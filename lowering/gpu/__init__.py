@@ -7,8 +7,8 @@ tiles of queries that share the blocks they read, and needs no merging.
 
     line   plan, schedule (who reads which blocks), attend (the kernel), merge (the second one)
     teams  team_plan (who computes which queries), teams (the kernel)
-    both   launch (refs by name), forms (where the cache's positions lie in memory), softmax (the
-           streaming softmax in registers)
+    both   call (what each plan knows of a call), launch (refs by name), forms (where the cache's
+           positions lie in memory), softmax (the streaming softmax in registers)
 
 Positions are counted in the cache with its rows joined: a block starts at a multiple of 8, as the
 copy engine's tiles do, which the start of a row need not be. Positions of a block outside of the

@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering.gpu import tile
+from jax_ragged.lowering.gpu.chip import WGMMA_ROWS
 from jax_ragged.lowering.gpu.launch import Refs
-from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, Plan
+from jax_ragged.lowering.gpu.plan import Plan
 from jax_ragged.lowering.gpu.softmax import ROWS, TILE, Softmax, along, logits, masked, update
 from jax_ragged.lowering.gpu.tile import BlockPlace, State, Windows
 

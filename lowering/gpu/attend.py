@@ -12,9 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu import across, down
+from jax_ragged.lowering.gpu.chip import SWIZZLE_ROWS, ceil_to
 from jax_ragged.lowering.gpu.forms import SCALED_HEADS, Pages, Place
 from jax_ragged.lowering.gpu.launch import Refs, overhanging, shared_rows, swizzle_columns
-from jax_ragged.lowering.gpu.plan import COPIED, SWIZZLE_ROWS, Plan, ceil_to
+from jax_ragged.lowering.gpu.plan import COPIED, Plan
 from jax_ragged.lowering.gpu.schedule import (
     Column,
     Part,

@@ -33,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.contract import ByOperand
 from jax_ragged.lowering.gpu import derivative_blocks as blocks
+from jax_ragged.lowering.gpu.chip import WGMMA_ROWS
 from jax_ragged.lowering.gpu.derivative_plan import (
     HIGH,
     INNER_HIGH,
@@ -43,7 +44,6 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     statistics,
 )
 from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
-from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
 from jax_ragged.lowering.gpu.softmax import COLUMNS
 
 # Shared memory of a CTA, less what barriers and statistics take.

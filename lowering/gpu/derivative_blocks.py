@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu import softmax
+from jax_ragged.lowering.gpu.chip import WGMMA_ROWS
 from jax_ragged.lowering.gpu.derivative_plan import DerivativePlan
-from jax_ragged.lowering.gpu.plan import WGMMA_ROWS
 from jax_ragged.lowering.gpu.softmax import ROWS, TILE, along
 
 

@@ -28,52 +28,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ragged.lowering.cache import heads_axis
 from jax_ragged.lowering.contract import Residuals
-from jax_ragged.lowering.gpu.forms import Form
+from jax_ragged.lowering.gpu.call import Call
+from jax_ragged.lowering.gpu.chip import MULTIPROCESSORS, SWIZZLE_ROWS, WGMMA_ROWS, ceil_to
 from jax_ragged.lowering.gpu.launch import padded, swizzle_columns
-from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS, ceil_to
 from jax_ragged.lowering.gpu.softmax import LOG2_E
 from jax_ragged.lowering.params import RaggedAttentionParams
 
 # Head dimensions of key and value, added, up to which two computing warpgroups fit in a CTA.
 _TWO_TILES = 256
-# Multiprocessors of an H100 or H200; any number is right.
-MULTIPROCESSORS = 132
 # Calls with fewer queries are packed.
 _FEW_QUERIES = WGMMA_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
-class DerivativePlan:
+class DerivativePlan(Call):
     """Everything static about the derivatives of one call.
 
     Attributes:
-      form: of the cache.
       block: positions of the cache that a row kernel reads in one step.
       warpgroups: computing warpgroups of a CTA.
       stretch: blocks of a tile's hull that one CTA of a row kernel reads at most.
       stretches: CTAs among which the hull of a tile is divided.
     """
 
-    B: int
-    Q: int
-    Hq: int
-    Hkv: int
-    D: int
-    Dv: int
-    dtype: Any
-    params: RaggedAttentionParams
-    form: Form
     block: int
     warpgroups: int
     stretch: int
     stretches: int
-
-    @property
-    def S(self) -> int:
-        """Positions of a row."""
-        return self.form.S
 
     @property
     def piece(self) -> int:
@@ -93,11 +75,6 @@ class DerivativePlan:
     def packed(self) -> bool:
         """Whether the query heads that share a key head are queries of one head."""
         return self.Q < _FEW_QUERIES
-
-    @property
-    def G(self) -> int:
-        """Query heads per key head, before packing."""
-        return self.Hq // self.Hkv
 
     @property
     def group(self) -> int:
@@ -179,18 +156,15 @@ class DerivativePlan:
 
 def make_plan(residuals: Residuals, params: RaggedAttentionParams) -> DerivativePlan:
     """The plan of a call."""
-    B, Q, Hq, D = residuals.query.shape
-    Hkv, Dv = residuals.key.shape[heads_axis(params)], residuals.value.shape[3]
-    form = Form.of(residuals, params)
+    call = Call.of(residuals, params)
     block = WGMMA_ROWS
-    blocks = -(-form.S // block) + 1
-    warpgroups = 2 if D + Dv <= _TWO_TILES else 1
-    plan = DerivativePlan(
-        B, Q, Hq, Hkv, D, Dv, jnp.dtype(residuals.query.dtype), params, form,
-        block, warpgroups, blocks, 1,
-    )  # fmt: skip
+    blocks = -(-call.S // block) + 1
+    warpgroups = 2 if call.D + call.Dv <= _TWO_TILES else 1
+    plan = DerivativePlan.of(
+        residuals, params, block=block, warpgroups=warpgroups, stretch=blocks, stretches=1
+    )
     # CTAs that find nothing to do cost little, and several a multiprocessor balance the rest.
-    wanted = -(-4 * MULTIPROCESSORS // (B * plan.H * plan.tile_groups))
+    wanted = -(-4 * MULTIPROCESSORS // (plan.B * plan.H * plan.tile_groups))
     stretch = max(-(-blocks // wanted), 8)
     if wanted < 3 or stretch >= blocks:
         return plan

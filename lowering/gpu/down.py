@@ -24,9 +24,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu import tile
+from jax_ragged.lowering.gpu.chip import WGMMA_ROWS
 from jax_ragged.lowering.gpu.forms import scales_of_positions, widened
 from jax_ragged.lowering.gpu.launch import Refs, shared_rows
-from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, Plan, chunk
+from jax_ragged.lowering.gpu.plan import Plan, chunk
 from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, along, logits, masked, raised
 from jax_ragged.lowering.gpu.tile import BlockPlace, State, Windows, windows_around
 

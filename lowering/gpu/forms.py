@@ -34,12 +34,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.cache import positions, positions_axis
 from jax_ragged.lowering.contract import Operands, Residuals
+from jax_ragged.lowering.gpu.chip import SWIZZLE_ROWS, ceil_to
 from jax_ragged.lowering.gpu.launch import Refs, overhanging, padded, swizzle_columns
 from jax_ragged.lowering.gpu.softmax import TILE
 from jax_ragged.lowering.params import RaggedAttentionParams
-
-# The copy engine moves whole swizzle tiles: positions start at a multiple of this many.
-_ROWS = 8
 
 # Heads whose scales are copied together, and the unit of their number in memory.
 SCALED_HEADS, _HEADS_UNIT = 8, 4
@@ -113,7 +111,7 @@ class Form:
             page_size = operands.key.shape[positions_axis(params)]
             return cls(*stored, S, S, page_size, heads_first, paged=True)
         if heads_first:
-            stride = _ceil(S, _ROWS)
+            stride = ceil_to(S, SWIZZLE_ROWS)
             return cls(*stored, S, stride, stride, heads_first)
         return cls(*stored, S, S)
 
@@ -161,10 +159,10 @@ class Form:
         scale = jnp.broadcast_to(scale, x.shape[:3])
         if self.heads_first:
             scale = scale.swapaxes(1, 2)
-            scale = padded(scale, 1, _ceil(scale.shape[1], _ROWS))
+            scale = padded(scale, 1, ceil_to(scale.shape[1], SWIZZLE_ROWS))
         scale = scale.reshape(-1, scale.shape[2])
-        scale = padded(scale, 0, _ceil(scale.shape[0], _ROWS))
-        return padded(scale, 1, _ceil(scale.shape[1], _HEADS_UNIT))
+        scale = padded(scale, 0, ceil_to(scale.shape[0], SWIZZLE_ROWS))
+        return padded(scale, 1, ceil_to(scale.shape[1], _HEADS_UNIT))
 
     def array(self, x: jax.Array) -> jax.Array:
         """Views key or value as the kernels read it.
@@ -173,9 +171,9 @@ class Form:
         B * S, or S if heads come first, is no multiple of 8 is the cache copied for that.
         """
         if self.heads_first:
-            return padded(x, 2, _ceil(x.shape[2], _ROWS))
+            return padded(x, 2, ceil_to(x.shape[2], SWIZZLE_ROWS))
         x = x.reshape(-1, *x.shape[2:])
-        return padded(x, 0, _ceil(x.shape[0], _ROWS))
+        return padded(x, 0, ceil_to(x.shape[0], SWIZZLE_ROWS))
 
     def piece(self, most: int) -> int:
         """The most positions, up to a power of two, that a piece can have: it lies in one page."""
@@ -193,7 +191,7 @@ class Form:
 
     def unit(self, piece: int) -> int:
         """The first position of a block is a multiple of this, so that its pieces lie in pages."""
-        return piece if self.paged else _ROWS
+        return piece if self.paged else SWIZZLE_ROWS
 
     def pages(self, refs: Refs, place: "Place", first: Any, T: int) -> Pages:
         """Looks up the page of each piece of the block of T positions from `first` on.
@@ -287,22 +285,18 @@ class Form:
         if self.paged:
             at = page * self.page_size + self._offset(place, at)
         heads = lax.div(place.head, SCALED_HEADS) * SCALED_HEADS
-        positions = pl.ds(pl.multiple_of(at, _ROWS), size)
+        positions = pl.ds(pl.multiple_of(at, SWIZZLE_ROWS), size)
         return ref.at[positions, pl.ds(pl.multiple_of(heads, SCALED_HEADS), SCALED_HEADS)]
 
     def _source(self, ref: Any, place: "Place", at: Any, page: Any, size: int) -> Any:
         """Positions of one page of key or value, [size, D], in global memory."""
         if self.page_size is None:
-            return ref.at[pl.ds(pl.multiple_of(at, _ROWS), size), place.head]
+            return ref.at[pl.ds(pl.multiple_of(at, SWIZZLE_ROWS), size), place.head]
         offset = self._offset(place, at)
         if self.heads_first:
-            return ref.at[page, place.head, pl.ds(pl.multiple_of(offset, _ROWS), size)]
-        first = pl.multiple_of(page * self.page_size + offset, _ROWS)
+            return ref.at[page, place.head, pl.ds(pl.multiple_of(offset, SWIZZLE_ROWS), size)]
+        first = pl.multiple_of(page * self.page_size + offset, SWIZZLE_ROWS)
         return ref.at[pl.ds(first, size), place.head]
-
-
-def _ceil(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 def widened(x: jax.Array, dtype: Any) -> jax.Array:

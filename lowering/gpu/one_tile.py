@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering.gpu import cache_kernels, derivative_blocks as blocks
 from jax_ragged.lowering.gpu.cache_kernels import CacheTask
+from jax_ragged.lowering.gpu.chip import SWIZZLE_ROWS, WGMMA_ROWS
 from jax_ragged.lowering.gpu.derivative_plan import (
     HIGH,
     HULL_HIGH,
@@ -40,7 +41,6 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     split_rows,
 )
 from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
-from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS
 
 _BLOCK = WGMMA_ROWS
 _SHARED_MEMORY = 220 * 1024

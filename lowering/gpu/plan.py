@@ -6,23 +6,22 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_ragged.lowering.cache import heads_axis
 from jax_ragged.lowering.contract import Operands
-from jax_ragged.lowering.gpu.forms import Form
+from jax_ragged.lowering.gpu.call import Call
+from jax_ragged.lowering.gpu.chip import (
+    MULTIPROCESSORS,
+    SHARED_MEMORY,
+    SWIZZLE_ROWS,
+    WGMMA_ROWS,
+    ceil_to,
+)
 from jax_ragged.lowering.gpu.launch import swizzle_columns
 from jax_ragged.lowering.params import RaggedAttentionParams
 
-# Rows of a wgmma, the matrix product of a warpgroup.
-WGMMA_ROWS = 64
-# The rows whose bytes in shared memory are permuted together ("swizzled").
-SWIZZLE_ROWS = 8
 # Columns of the values that one matrix product takes.
 _CHUNK = 128
 # Positions of a piece: those that are past the end of the window are not copied.
 COPIED = 16
-# Multiprocessors of an H100 or H200. The kernels are right for any number.
-MULTIPROCESSORS = 132
-SHARED_MEMORY = 227 * 1024
 # Of shared memory, for the tables, if they fit.
 _TABLES_BYTES = 16 * 1024
 # The most rows of a dense tile whose logits have the positions down.
@@ -36,50 +35,28 @@ _BLOCKS_OF_TWO_STREAMS = 8
 _IN_FLIGHT = 64 * 1024
 
 
-def ceil_to(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
-
-
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Call):
     """Everything static about one call.
 
     Attributes:
-      form: how the cache lies in memory.
+      out_dtype: of the results that the kernels write.
       T: positions in a block.
       streams: streams of a CTA.
       stages: blocks of keys and of values that a stream has in flight.
       parts: parts of the line of blocks.
     """
 
-    B: int
-    Q: int
-    Hq: int
-    Hkv: int
-    D: int
-    Dv: int
-    dtype: Any
     out_dtype: Any
-    params: RaggedAttentionParams
-    form: Form
     T: int
     streams: int
     stages: int
     parts: int
 
     @property
-    def S(self) -> int:
-        """Positions of a row."""
-        return self.form.S
-
-    @property
     def unit(self) -> int:
         """The first position of a block is a multiple of this."""
         return self.form.unit(COPIED)
-
-    @property
-    def G(self) -> int:
-        return self.Hq // self.Hkv
 
     @property
     def rows(self) -> int:
@@ -251,18 +228,13 @@ def chunk(columns: int, dtype: Any) -> int:
 
 def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any) -> Plan:
     """Returns the plan of a call."""
-    query, key, value = operands[:3]
-    B, Q, Hq, D = query.shape
-    Hkv, Dv = key.shape[heads_axis(params)], value.shape[3]
-    plan = Plan(
-        B, Q, Hq, Hkv, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params,
-        Form.of(operands, params), T=64, streams=1, stages=1, parts=1,
-    )  # fmt: skip
+    dtype = jnp.dtype(out_dtype)
+    plan = Plan.of(operands, params, out_dtype=dtype, T=64, streams=1, stages=1, parts=1)
     # Blocks of 128 positions save time between products where a block has few bytes, if registers
     # hold the logits: all in us on an H200, 54.1 for 58.5 with B16 S8192 32/8/128 in int8, and 73.4
     # for 75.1 with B32 S8192 64/8/64.
-    narrow, small = plan.form.narrow, D + Dv <= _CHUNK
-    if plan.tile_rows <= _FEW_ROWS and Dv <= _CHUNK and (small or narrow):
+    narrow, small = plan.form.narrow, plan.D + plan.Dv <= _CHUNK
+    if plan.tile_rows <= _FEW_ROWS and plan.Dv <= _CHUNK and (small or narrow):
         plan = dataclasses.replace(plan, T=128)
     if params.block_size is not None:
         plan = dataclasses.replace(plan, T=params.block_size)
@@ -272,10 +244,10 @@ def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any)
     # eighth of the positions 26.5 us for 29.1, B32 S8192 64/8/64 73.4 for 88.2, but in int8 B8
     # S1024 32/8/128 14.3 for 12.8. Small heads in 16 bits were not timed with few blocks.
     columns = plan.columns
-    short = columns > 4 and B * columns >= 4 * MULTIPROCESSORS
-    blocks = B * -(-plan.S // plan.T) * columns
+    short = columns > 4 and plan.B * columns >= 4 * MULTIPROCESSORS
+    blocks = plan.B * -(-plan.S // plan.T) * columns
     many = (small or narrow) and blocks >= _BLOCKS_OF_TWO_STREAMS * MULTIPROCESSORS
-    wanted = Dv <= _CHUNK and (short or many)
+    wanted = plan.Dv <= _CHUNK and (short or many)
     streams = 2 if wanted and plan.stages_of(2) > 0 else 1
     return dataclasses.replace(
         plan,

@@ -35,6 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu import derivative_blocks as blocks
+from jax_ragged.lowering.gpu.chip import WGMMA_ROWS
 from jax_ragged.lowering.gpu.derivative_plan import (
     HIGH,
     HULL_HIGH,
@@ -49,7 +50,7 @@ from jax_ragged.lowering.gpu.derivative_plan import (
 )
 from jax_ragged.lowering.gpu.forms import SCALED_HEADS, Place, scales_of_positions, widened
 from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
-from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, chunk
+from jax_ragged.lowering.gpu.plan import chunk
 from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, along
 
 # Shared memory of a CTA, less what barriers and statistics take.

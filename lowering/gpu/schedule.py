@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_ragged.lowering.gpu.chip import WGMMA_ROWS
 from jax_ragged.lowering.gpu.launch import padded
-from jax_ragged.lowering.gpu.plan import WGMMA_ROWS, Plan
+from jax_ragged.lowering.gpu.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)

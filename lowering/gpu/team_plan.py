@@ -24,17 +24,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_ragged.lowering.cache import heads_axis
 from jax_ragged.lowering.contract import Operands
-from jax_ragged.lowering.gpu.forms import Form
-from jax_ragged.lowering.gpu.launch import padded, swizzle_columns
-from jax_ragged.lowering.gpu.plan import (
+from jax_ragged.lowering.gpu.call import Call
+from jax_ragged.lowering.gpu.chip import (
     MULTIPROCESSORS,
     SHARED_MEMORY,
     SWIZZLE_ROWS,
     WGMMA_ROWS,
     ceil_to,
 )
+from jax_ragged.lowering.gpu.launch import padded, swizzle_columns
 from jax_ragged.lowering.params import RaggedAttentionParams
 
 # Bytes of a tile's results that are copied out at once: all of 128 columns of 16 bits; less of
@@ -48,12 +47,11 @@ _FEWEST_TEAMS = 96
 
 
 @dataclasses.dataclass(frozen=True)
-class TeamPlan:
-    """Everything static about one call.
+class TeamPlan(Call):
+    """Everything static about one call; Q is rounded up to what the copy engine moves.
 
     Attributes:
-      Q: queries of a row, rounded up to what the copy engine moves.
-      form: how the cache lies in memory.
+      out_dtype: of the results that the kernel writes.
       T: positions in a block.
       tiles: tiles of a team, each computed by a warpgroup of its own.
       heads: query heads in a tile.
@@ -61,16 +59,7 @@ class TeamPlan:
       ctas: CTAs that run at once.
     """
 
-    B: int
-    Q: int
-    Hq: int
-    Hkv: int
-    D: int
-    Dv: int
-    dtype: Any
     out_dtype: Any
-    params: RaggedAttentionParams
-    form: Form
     T: int
     heads: int
     stages: int
@@ -78,18 +67,9 @@ class TeamPlan:
     ctas: int = MULTIPROCESSORS
 
     @property
-    def S(self) -> int:
-        """Positions of a row."""
-        return self.form.S
-
-    @property
     def piece(self) -> int:
         """Positions that are copied at once: the whole block, if no page ends in it."""
         return self.form.piece(self.T)
-
-    @property
-    def G(self) -> int:
-        return self.Hq // self.Hkv
 
     @property
     def queries(self) -> int:
@@ -192,12 +172,9 @@ def make_team_plan(
     operands: Operands, params: RaggedAttentionParams, out_dtype: Any
 ) -> TeamPlan | None:
     """Returns the plan, or None for a call that the other schedule serves better."""
-    query, key, value = operands[:3]
-    B, Q, Hq, D = query.shape
-    Hkv, Dv = key.shape[heads_axis(params)], value.shape[3]
-    form = Form.of(operands, params)
-    G = Hq // Hkv
-    itemsize: int = jnp.dtype(query.dtype).itemsize
+    call = Call.of(operands, params)
+    Q, D, Dv, G, form = call.Q, call.D, call.Dv, call.G, call.form
+    itemsize: int = call.dtype.itemsize
     whole = ceil_to(Q, SWIZZLE_ROWS)
     if Q * G <= WGMMA_ROWS:
         return None  # one tile of the other schedule holds all rows that share a KV head
@@ -216,7 +193,7 @@ def make_team_plan(
     sizes = [
         T
         for T in sizes
-        if blocks(T) > 1 and (T == 64 or Dv <= 128) and form.piece(T) <= form.joins(B)
+        if blocks(T) > 1 and (T == 64 or Dv <= 128) and form.piece(T) <= form.joins(call.B)
     ]
     heads = [n for n in (1, 2, 4, 8) if G % n == 0 and WGMMA_ROWS // n <= whole]
     if not sizes or not heads:
@@ -226,10 +203,15 @@ def make_team_plan(
         """Rows of padding; of those that waste none, few heads give long runs to copy."""
         return ceil_to(Q, 2 * WGMMA_ROWS // n)
 
-    plan = TeamPlan(
-        B, whole, Hq, Hkv, D, Dv, jnp.dtype(query.dtype), jnp.dtype(out_dtype), params, form,
-        T=sizes[0], heads=min(heads, key=wasted), stages=blocks(sizes[0]),
-    )  # fmt: skip
+    plan = TeamPlan.of(
+        operands,
+        params,
+        out_dtype=jnp.dtype(out_dtype),
+        T=sizes[0],
+        heads=min(heads, key=wasted),
+        stages=blocks(sizes[0]),
+    )
+    plan = dataclasses.replace(plan, Q=whole)
     return plan if plan.teams >= _FEWEST_TEAMS else None
 
 

@@ -27,9 +27,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.contract import Operands
+from jax_ragged.lowering.gpu.chip import SWIZZLE_ROWS, WGMMA_ROWS
 from jax_ragged.lowering.gpu.forms import Pages, Place
 from jax_ragged.lowering.gpu.launch import Refs, launch, padded, shared_rows
-from jax_ragged.lowering.gpu.plan import SWIZZLE_ROWS, WGMMA_ROWS
 from jax_ragged.lowering.gpu.softmax import (
     ROWS,
     TILE,
