@@ -138,7 +138,7 @@ def _definition(
             continue
         q, k, v = query[b, h], key[b, window, h // (Hq // Hkv)], value[b, window, h // (Hq // Hkv)]
         z = cap * np.tanh(scale * (k @ q) / cap)
-        m[b, h] = z.max()
+        m[b, h] = np.max(z)
         p = np.exp(z - m[b, h])
         denominator[b, h] = p.sum()
         p /= denominator[b, h]

@@ -74,6 +74,7 @@ class TestVmap:
         both = {n: np.stack([x, x[::-1]]) if n in mapped else x for n, x in arrays.items()}
         axes = {n: 0 if n in mapped else None for n in arrays}
         attend = jax.vmap(lambda x: ragged_attention(**x), (axes,))
+        eqn: Any
         (eqn,) = [
             e for e in jax.make_jaxpr(attend)(both).eqns if e.primitive.name == "ragged_attention"
         ]

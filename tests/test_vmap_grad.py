@@ -64,6 +64,8 @@ def test_forward_is_not_mapped_with_the_cotangents() -> None:
     axes = (None, None, None, None, None, 0)
     operands, bars, _ = _arguments(SMALL, axes)
     jaxpr = jax.make_jaxpr(jax.vmap(pullback(op(SMALL)), in_axes=_in_axes(axes)))(operands, bars)
+    forward: Any
+    backward: Any
     (forward,) = [e for e in jaxpr.eqns if e.primitive.name == "ragged_attention"]
     assert forward.outvars[0].aval.shape == (3, 2, 3)
     (backward,) = [e for e in jaxpr.eqns if e.primitive.name == "ragged_attention_vjp"]

@@ -103,8 +103,11 @@ def shared_rows(shape: tuple[int, ...], dtype: Any, like: int | None = None) -> 
     """
     size = jax.numpy.dtype(dtype).itemsize
     swizzle = swizzle_columns(shape[-1] if like is None else like, dtype) * size
-    tiling = plgpu.TilingTransform((8, swizzle // size))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    # Any: the types of JAX 0.12 call both classes abstract.
+    tiling: Any = plgpu.TilingTransform
+    swizzling: Any = plgpu.SwizzleTransform
+    transforms = tiling((8, swizzle // size)), swizzling(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def overhanging(start: int, size: int, unit: int, index: Any) -> Any:
