@@ -102,27 +102,25 @@ def _check_derivative(
     _check(residuals, params, device_kind)
     own = residuals.query.dtype
     for name, x in (("key", residuals.key), ("value", residuals.value)):
-        if x.dtype == own:
-            continue
-        if not of_query:
+        if x.dtype != own and not of_query:
             raise Unsupported(
                 "its kernels for derivatives other than the gradient of query alone take caches "
                 f"in the dtype of query, and {name} is {x.dtype}"
             )
-        # Cotangents of logits times scales may be too small for float16.
-        if own != jnp.bfloat16:
-            raise Unsupported(
-                "its kernel for the gradient of query takes quantised caches beside a query in "
-                f"bfloat16, and this is {own}"
-            )
+    # Cotangents of logits times scales may be too small for float16.
+    if own != jnp.bfloat16 and residuals.key_scale is not None:
+        raise Unsupported(
+            "its kernel for the gradient of query takes keys with scales beside a query in "
+            f"bfloat16, and this is {own}"
+        )
 
 
 class _GPU(Lowering):
     """The Hopper kernels of the forward and of `derivatives`.
 
     They read every form of cache in place, with two exceptions: for gradients of key or value,
-    pages and heads-first caches are made dense, and of the derivatives of quantised caches there is
-    a kernel for the gradient of query alone.
+    pages and heads-first caches are made dense; and derivatives of quantised caches have a kernel
+    for the gradient of query only, in a call that asks for no other.
     """
 
     dense_only = False

@@ -270,7 +270,7 @@ def _copy(plan: DerivativePlan, task: CacheTask, refs: Refs, work: _CacheWork) -
             source, to = refs[name].at[rows, work.kv_head], refs[f"{name}_block"].at[i]
             plgpu.copy_gmem_to_smem(source, to, refs.cache_full.at[i])
 
-    def start(i: Any, slot: Any) -> None:
+    def start(i: Any, slot: Any, _: None) -> None:
         head = work.kv_head * plan.group + lax.div(i, work.tiles)
         tile = work.tile + lax.rem(i, work.tiles)
         b, tile = lax.div(tile, plan.tiles), lax.rem(tile, plan.tiles)

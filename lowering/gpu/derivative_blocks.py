@@ -89,7 +89,7 @@ def positions(first: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def logits(plan: DerivativePlan, s: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """z / log 2, computed from <q, k> as the forward does, and dz/ds; None stands for 1."""
+    """z / log 2 from s = <q, k>, as the forward's up to rounding, and dz/ds; None stands for 1."""
     cap = plan.params.logits_soft_cap
     if cap is None:
         return softmax.logits(plan.params, s), None
@@ -213,7 +213,11 @@ def store(staging_ref: Any, chunks: Sequence[jax.Array], ref: Any) -> None:
 
 
 def copy_ahead(
-    count: Any, stages: int, free: Sequence[Any], start: Callable[[Any, Any], None]
+    count: Any,
+    stages: int,
+    free: Sequence[Any],
+    start: Callable[[Any, Any, Any], None],
+    look_up: Callable[[Any], Any] = lambda i: None,
 ) -> None:
     """Starts copies 0 to count - 1, each into slot i % stages once its last use is over.
 
@@ -222,7 +226,8 @@ def copy_ahead(
       stages: how many slots there are.
       free: barriers [stages] at which the users of a slot arrive. All that arrives is waited for,
         as the interpreter demands.
-      start: starts copy i into a slot.
+      start: starts copy i into a slot, given what was looked up for it.
+      look_up: reads what copy i needs from memory, before its slot is waited for.
     """
 
     def wait(i: Any, _: None) -> None:
@@ -230,8 +235,9 @@ def copy_ahead(
             plgpu.barrier_wait(barrier.at[lax.rem(i, stages)])
 
     def step(i: Any, _: None) -> None:
+        found = look_up(i)
         pl.when(i >= stages)(lambda: wait(i, None))
-        start(i, lax.rem(i, stages))
+        start(i, lax.rem(i, stages), found)
 
     lax.fori_loop(0, count, step, None)
     lax.fori_loop(jnp.maximum(count - stages, 0), count, wait, None)

@@ -6,8 +6,8 @@ the G query heads that share a key head become G queries of that key head, [B, H
 that one tile holds them all ("packed"); with one query that moves nothing. After that step both are
 the same problem: R query rows of H heads, of which every `group` heads share a key head.
 
-Positions are counted in the joined cache, as `forms` says. The row kernels read every form of cache
-in the dtype of query; kernels that write gradients of the cache take dense ones.
+Positions are counted in the joined cache, as `forms` says. The row kernels read every form of
+cache; kernels that write gradients of the cache take dense ones in the dtype of query.
 
                      positions of the cache, in blocks
                   +-----+-----+-----+-----+-----+

@@ -220,7 +220,7 @@ class Form:
 
         Args:
           refs: the kernel's refs.
-          name: of key or value.
+          name: of key, value or the tangent of one.
           slot: the block's slot in shared memory.
           place: where the block is.
           first: its first position, which is before the end.

@@ -185,7 +185,7 @@ def _copy(plan: DerivativePlan, task: CacheTask, refs: Refs, work: _Stretch) -> 
     place = work.b, work.head, _only_tile(work)
     cache_kernels.copy_tile(plan, task, refs, place, refs.tile_full)
 
-    def start(i: Any, slot: Any) -> None:
+    def start(i: Any, slot: Any, _: None) -> None:
         for name in ("key", "value"):
             source = refs[name].at[work.b, _rows(work.first + i), work.head]
             to = refs[f"{name}_blocks"].at[slot]

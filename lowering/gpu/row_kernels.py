@@ -14,7 +14,7 @@ For a tile and a block, with s = q k.T [64, T] and p the normalised probabilitie
     tangents    o_dot += (p z_dot) v + p v_dot, and sums of p and of p z_dot, and z_dot at t*
 
 Quantised keys and values are widened: each warpgroup converts the block to 16 bits in shared memory
-of its own. The scales of keys multiply the logits and their cotangents, those of values p_bar.
+of its own. The scales of keys multiply s and s_bar, those of values p_bar = out_bar v.T.
 
 The results of a stretch (and, where blocks are dealt, of a warpgroup) are partial, and the
 caller adds them. Which positions lie outside every window is decided before a product contracts
@@ -48,7 +48,7 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     DerivativePlan,
     statistics,
 )
-from jax_ragged.lowering.gpu.forms import SCALED_HEADS, Place, scales_of_positions, widened
+from jax_ragged.lowering.gpu.forms import SCALED_HEADS, Pages, Place, scales_of_positions, widened
 from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
 from jax_ragged.lowering.gpu.plan import chunk
 from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, along
@@ -262,14 +262,15 @@ def _copy(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork) -> No
             plgpu.copy_gmem_to_smem(source, refs[f"{name}_tiles"].at[i], refs.rows_full)
     place = Place(work.b, lax.div(work.head, plan.group), work.high, plan.piece)
 
-    def start(i: Any, slot: Any) -> None:
-        first = work.first + i * plan.block
-        pages = plan.form.pages(refs, place, first, plan.block)
+    def pages_of(i: Any) -> Pages:
+        return plan.form.pages(refs, place, work.first + i * plan.block, plan.block)
+
+    def start(i: Any, slot: Any, pages: Pages) -> None:
         for name in task.cache:
-            plan.form.copy_block(refs, name, slot, place, first, pages)
+            plan.form.copy_block(refs, name, slot, place, work.first + i * plan.block, pages)
 
     free = [refs[f"{name}_free"] for name in task.cache]
-    blocks.copy_ahead(work.count, _stages(plan, task), free, start)
+    blocks.copy_ahead(work.count, _stages(plan, task), free, start, pages_of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,6 +322,12 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
     tile = _tile(plan, task, refs, work, wg)
     stages = _stages(plan, task)
     step = {"peaks": _peaks, "cotangent": _cotangent, "tangents": _tangents}[task.name]
+    quantised, head = _quantised(plan, task), lax.div(work.head, plan.group)
+    units_of_head = {
+        name: refs[f"{name}_scale"][head]
+        for name in quantised
+        if plan.form.stored(name).scale == "head"
+    }
     pl.when(work.count > 0)(lambda: plgpu.barrier_wait(refs.rows_full))
 
     def block(i: Any, state: Any) -> Any:
@@ -332,10 +339,15 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
         operands |= {name: refs[f"{name}_tiles"].at[tile.slot] for name in task.rows}
         for name in task.cache:
             plgpu.barrier_wait(refs[f"{name}_full"].at[slot])
-        for name in _quantised(plan, task):
-            operands[name] = _widen(plan, operands[name], refs[f"{name}_wide"].at[wg])
+        for name in quantised:
+            operands[name] = _widen(plan, refs, name, slot, head, wg)
+        if quantised:
+            # For the products, and before the copy engine writes to the slot again.
+            plgpu.commit_smem()
         for name in task.cache:
-            operands[f"{name}_unit"] = _unit(plan, refs, work, name, slot, wg)
+            operands[f"{name}_unit"] = functools.partial(
+                _unit, plan, refs, name, units_of_head.get(name), wg
+            )
         for name in task.zeroed:
             _zero_outside(plan, refs, work, tile, operands[name], first)
         state = step(plan, tile, operands, first, state)
@@ -350,29 +362,32 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
     _store(plan, task, refs, work, tile, wg, state)
 
 
-def _widen(plan: DerivativePlan, ref: Any, wide_ref: Any) -> Any:
-    """Writes a quantised block [T, columns] in 16 bits to shared memory, and returns the ref."""
+def _widen(plan: DerivativePlan, refs: Refs, name: str, slot: Any, head: Any, wg: Any) -> Any:
+    """Writes a quantised block in 16 bits to shared memory, and the scales of its positions.
+
+    Returns:
+      The ref of the block [T, columns] in 16 bits.
+    """
+    ref, wide_ref = refs[f"{name}_blocks"].at[slot], refs[f"{name}_wide"].at[wg]
     size = chunk(ref.shape[1], ref.dtype)
     for column in range(0, ref.shape[1], size):
         columns = pl.ds(column, size)
         x = widened(mosaic_gpu_load(ref.at[:, columns], layout=TILE), plan.dtype)
         wide_ref.at[:, columns][...] = x
-    plgpu.commit_smem()
+    if plan.form.stored(name).scale == "position":
+        refs[f"{name}_units"].at[wg][...] = scales_of_positions(refs, name, slot, head)
     return wide_ref
 
 
-def _unit(plan: DerivativePlan, refs: Refs, work: _RowWork, name: str, slot: Any, wg: Any) -> Any:
-    """The scale of a block of key or value: a number, one for each position [T], or None."""
-    kind, head = plan.form.stored(name).scale, lax.div(work.head, plan.group)
-    if kind is None:
-        return None
-    if kind == "head":
-        return refs[f"{name}_scale"][head]
-    # In shared memory they move from the rows of a tile of registers to its columns.
-    units = refs[f"{name}_units"].at[wg]
-    units[...] = scales_of_positions(refs, name, slot, head)
-    plgpu.commit_smem()
-    return mosaic_gpu_load(units, layout=COLUMNS, optimized=False)
+def _unit(plan: DerivativePlan, refs: Refs, name: str, of_head: Any, wg: Any) -> Any:
+    """The scale of a block of key or value: a number, one for each position [T], or None.
+
+    Those of positions are in registers of a tile's rows where `_widen` has them. They come from
+    shared memory to those of its columns.
+    """
+    if plan.form.stored(name).scale != "position":
+        return of_head
+    return mosaic_gpu_load(refs[f"{name}_units"].at[wg], layout=COLUMNS, optimized=False)
 
 
 def _scaled(x: jax.Array, unit: Any) -> jax.Array:
@@ -446,7 +461,7 @@ def _peaks(
 ) -> Any:
     """One block's part of the peaks."""
     (s,) = blocks.dots((operands["query"], operands["key"]))
-    s = _scaled(s, operands["key_unit"])
+    s = _scaled(s, operands["key_unit"]())
     (z,) = _masked(plan, tile, first, (blocks.logits(plan, s)[0], -math.inf))
     return _higher(plan, z, first, *state)[:2]
 
@@ -460,10 +475,11 @@ def _cotangent(
     s, p_bar = blocks.dots(
         (operands["query"], operands["key"]), (operands["out_bar"], operands["value"])
     )
-    s, p_bar = _scaled(s, operands["key_unit"]), _scaled(p_bar, operands["value_unit"])
+    key_unit = operands["key_unit"]()
+    s, p_bar = _scaled(s, key_unit), _scaled(p_bar, operands["value_unit"]())
     p, dz_ds = blocks.probabilities(plan, s, tile.log_sum, 0)
     s_bar = blocks.logit_cotangents(p, dz_ds, p_bar, tile.delta, tile.at_max, first, 0)
-    (s_bar,) = _masked(plan, tile, first, (_scaled(s_bar, operands["key_unit"]), 0.0))
+    (s_bar,) = _masked(plan, tile, first, (_scaled(s_bar, key_unit), 0.0))
     (state,) = blocks.accumulate((state, s_bar.astype(plan.dtype), operands["key"]))
     return state
 
