@@ -26,11 +26,10 @@ from jax_ragged import Unsupported, ragged_attention
 from jax_ragged.lowering.contract import ByOperand, ByResult, Residuals
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.gpu import derivative_blocks, derivatives, row_kernels
-from jax_ragged.lowering.gpu.chip import SHARED_MEMORY
-from jax_ragged.lowering.params import OPTIONAL, RaggedAttentionParams
+from jax_ragged.lowering.params import RaggedAttentionParams
 from lowerings import gpus, refusal
 from programs import emitted
-from test_gpu_forms import CAPPED, FORMS, MANY, QUANTISED, QUERIES, ROWS, Form, Stored
+from test_gpu_forms import CAPPED, FORMS, MANY, QUANTISED, QUERIES, ROWS, Form, Stored, assert_fits
 from test_gpu_lowering import FITTED, H200
 
 
@@ -285,19 +284,7 @@ class TestLowered:
 def _stored_call(stored: Stored) -> tuple[Residuals, RaggedAttentionParams]:
     """The folded operands with the cache in a form, with the oracle's results; the parameters."""
     residuals = _residuals(stored.case, stored.case.operands(), stored.expected())
-    optional = tuple(name for name in OPTIONAL if name in stored.arrays)
-    changed = {name: jnp.asarray(stored.arrays[name]) for name in ("key", "value", *optional)}
-    if "page_table" in optional:  # as the primitive folds it
-        changed["page_table"] = jnp.clip(changed["page_table"], 0, len(changed["key"]) - 1)
-    residuals = residuals._replace(**changed)
-    layout: Any = stored.layout
-    params = RaggedAttentionParams(
-        **stored.case.params,
-        cache_layout=layout,
-        optional=optional,
-        implementation="kernel",
-    )
-    return residuals, params
+    return residuals._replace(**jax.tree.map(jnp.asarray, stored.cache)), stored.params
 
 
 def _turned(x: Any) -> Any:
@@ -370,12 +357,8 @@ def test_a_block_at_least_fits_beside_the_rest(Q: int, dtype: str) -> None:
         key, value = (array(x.shape, dtype) for x in residuals[1:3])
         residuals = residuals._replace(key=key, value=value, key_scale=scale, value_scale=scale)
         plan = derivatives.plan_of(residuals, RaggedAttentionParams(optional=optional))
-        scratch = row_kernels._scratch(plan, task)
         assert row_kernels._stages(plan, task) >= 1
-        arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
-        sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
-        # Each stands at a multiple of 1024 bytes; 2 kB are for barriers.
-        assert sum(-(-size // 1024) * 1024 for size in sizes) <= SHARED_MEMORY - 2048
+        assert_fits(row_kernels._scratch(plan, task))
 
 
 class TestUnsupported:

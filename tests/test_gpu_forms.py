@@ -145,6 +145,26 @@ class Stored:
 
         return call
 
+    @property
+    def params(self) -> RaggedAttentionParams:
+        """The parameters of the primitive."""
+        layout: Any = self.layout
+        optional = tuple(name for name in OPTIONAL if name in self.arrays)
+        return RaggedAttentionParams(
+            **self.case.params,
+            cache_layout=layout,
+            optional=optional,
+            implementation="kernel",
+        )
+
+    @property
+    def cache(self) -> dict[str, Any]:
+        """The operands that are the cache, by name, as the primitive folds them."""
+        cache = {name: self.arrays[name] for name in ("key", "value", *self.params.optional)}
+        if "page_table" in cache:
+            cache["page_table"] = np.clip(cache["page_table"], 0, len(cache["key"]) - 1)
+        return cache
+
     def expected(self) -> oracle.Results:
         """The oracle's results."""
         windows = self.arrays["lengths"], self.arrays.get("starts")
@@ -302,6 +322,14 @@ def _plan(
     return make_plan(operands, RaggedAttentionParams(), jnp.dtype(jnp.bfloat16))
 
 
+def assert_fits(scratch: dict[str, Any]) -> None:
+    """Asserts that a CTA has so much shared memory."""
+    arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
+    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    # Each stands at a multiple of 1024 bytes; 2 kB are for barriers.
+    assert sum(-(-size // 1024) * 1024 for size in sizes) <= SHARED_MEMORY - 2048
+
+
 class TestPlan:
     """The plan of the schedule for few queries."""
 
@@ -333,11 +361,7 @@ class TestPlan:
         for D, Dv, scaled in itertools.product(head_dims, head_dims, (False, True)):
             plan = _plan(B, 512, dtype, D, Dv, scaled_positions=scaled)
             assert plan.stages >= 1
-            scratch = attend.scratch_types(plan).values()
-            arrays = [x for x in scratch if not isinstance(x, plgpu.Barrier)]
-            sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
-            # Each stands at a multiple of 1024 bytes; 2 kB are for barriers.
-            assert sum(-(-size // 1024) * 1024 for size in sizes) <= SHARED_MEMORY - 2048
+            assert_fits(attend.scratch_types(plan))
 
 
 @pytest.mark.skipif(
@@ -355,29 +379,22 @@ class TestInterpreted:
         monkeypatch.setattr(line_plan, "_BLOCKS_OF_TWO_STREAMS", 0)
 
     def _run(self, stored: Stored, schedule: Callable[..., Any], races: bool = True) -> None:
-        arrays = dict(stored.arrays)
-        lengths, starts = (arrays.pop(name, None) for name in ("lengths", "starts"))
-        starts = np.zeros_like(lengths) if starts is None else starts
-        query, rows = arrays["query"], arrays["query"].shape[:-2]
+        query, lengths = (stored.arrays[name] for name in ("query", "lengths"))
+        starts = stored.arrays.get("starts", np.zeros_like(lengths))
+        rows = query.shape[:-2]
         if stored.case.Q is None:
             query, lengths, starts = query[:, None], lengths[:, None], starts[:, None]
-        arrays["query"] = query
-        bounds = {
+        arrays = {
+            "query": query,
             "lengths": np.broadcast_to(lengths, query.shape[:2]),
             "starts": np.broadcast_to(starts, query.shape[:2]),
+            **stored.cache,
         }
-        if "page_table" in arrays:  # as the primitive folds it
-            arrays["page_table"] = np.clip(arrays["page_table"], 0, len(arrays["key"]) - 1)
-        params = RaggedAttentionParams(
-            **stored.case.params,
-            cache_layout=stored.layout,  # type: ignore[arg-type]
-            optional=tuple(n for n in OPTIONAL if n in arrays),
-        )
         # On a machine with a GPU the interpreter's callbacks would wait for one another.
         with jax.default_device(jax.devices("cpu")[0]):
-            operands = contract.Operands(**jax.tree.map(jnp.asarray, arrays | bounds))
+            operands = contract.Operands(**jax.tree.map(jnp.asarray, arrays))
             interpret: Any = vars(plgpu)["InterpretGPUParams"](detect_races=races)
-            results = schedule(operands, params, interpret)
+            results = schedule(operands, stored.params, interpret)
         stored.assert_results([x.reshape(*rows, *x.shape[2:]) for x in results])
 
     def _along_line(self, operands: Any, params: Any, interpret: Any) -> Any:

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu import across, down
 from jax_ragged.lowering.gpu.chip import SWIZZLE_ROWS, ceil_to
-from jax_ragged.lowering.gpu.forms import SCALED_HEADS, Pages, Place
+from jax_ragged.lowering.gpu.forms import Pages, Place
 from jax_ragged.lowering.gpu.launch import Refs, overhanging, shared_rows, swizzle_columns
 from jax_ragged.lowering.gpu.plan import COPIED, Plan
 from jax_ragged.lowering.gpu.schedule import (
@@ -184,7 +184,9 @@ def _compute(plan: Plan, refs: Refs, tables: Tables, stream: Any, part: Part) ->
     for i in range(plan.stages):
         plgpu.barrier_arrive(refs.key_free.at[stream * plan.stages + i])
         plgpu.barrier_arrive(refs.value_free.at[stream * plan.stages + i])
-    key_unit, value_unit = (_scale_of_head(plan, refs, name, part) for name in ("key", "value"))
+    key_unit, value_unit = (
+        plan.form.scale_of_head(refs, name, part.column.head) for name in ("key", "value")
+    )
 
     def run(column: Column, segment: Segment) -> None:
         windows = _windows(plan, refs, tables, column, segment.row)
@@ -229,13 +231,6 @@ def _windows(plan: Plan, refs: Refs, tables: Tables, column: Column, row: Any) -
     layout = _tile(plan).ROW_VALUES
     low, high = (mosaic_gpu_load(x, layout=layout, optimized=False) for x in of_rows)
     return Windows(low, high, *inner, *of_rows)
-
-
-def _scale_of_head(plan: Plan, refs: Refs, name: str, part: Part) -> Any:
-    """The scale of a part's head of key or value, or None if there is not one for all positions."""
-    if plan.form.stored(name).scale != "head":
-        return None
-    return refs[f"{name}_scale"][part.column.head]
 
 
 def _store_results(
@@ -317,9 +312,7 @@ def scratch_types(plan: Plan) -> dict[str, Any]:
         scratch[f"{name}_blocks"] = shared_rows(blocks, stored.narrow or plan.dtype, like=like)
         scratch[f"{name}_full"] = barrier(num_arrivals=plan.form.arrivals(name, plan.T // COPIED))
         scratch[f"{name}_free"] = barrier()
-        if stored.scale == "position":
-            scales = (slots, plan.T, SCALED_HEADS)
-            scratch[f"{name}_scales"] = plgpu.SMEM(scales, jnp.float32)
+        scratch |= plan.form.scales_scratch(name, slots, plan.T)
     if plan.narrow_out:
         out = (plan.streams, rows, plan.staged)
         scratch["out_tiles"] = shared_rows(out, plan.out_dtype, like=plan.staged_unit)

@@ -1,7 +1,7 @@
 """What every plan knows of its call: sizes, dtype, parameters and the form of the cache."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -35,17 +35,14 @@ class Call:
     params: RaggedAttentionParams
     form: Form
 
-    @classmethod
-    def of(
-        cls, operands: Operands | Residuals, params: RaggedAttentionParams, **choices: Any
-    ) -> Self:
-        """What the operands tell, with the choices of a schedule, by name."""
+    @staticmethod
+    def of(operands: Operands | Residuals, params: RaggedAttentionParams) -> "Call":
+        """What the operands tell. A plan is made of its `vars` and the choices of a schedule."""
         query, key, value = operands[:3]
         B, Q, Hq, D = query.shape
-        return cls(
-            B, Q, Hq, key.shape[heads_axis(params)], D, value.shape[3], jnp.dtype(query.dtype),
-            params, Form.of(operands, params), **choices,
-        )  # fmt: skip
+        Hkv, Dv = key.shape[heads_axis(params)], value.shape[3]
+        form = Form.of(operands, params)
+        return Call(B, Q, Hq, Hkv, D, Dv, jnp.dtype(query.dtype), params, form)
 
     @property
     def S(self) -> int:

@@ -160,8 +160,8 @@ def make_plan(residuals: Residuals, params: RaggedAttentionParams) -> Derivative
     block = WGMMA_ROWS
     blocks = -(-call.S // block) + 1
     warpgroups = 2 if call.D + call.Dv <= _TWO_TILES else 1
-    plan = DerivativePlan.of(
-        residuals, params, block=block, warpgroups=warpgroups, stretch=blocks, stretches=1
+    plan = DerivativePlan(
+        **vars(call), block=block, warpgroups=warpgroups, stretch=blocks, stretches=1
     )
     # CTAs that find nothing to do cost little, and several a multiprocessor balance the rest.
     wanted = -(-4 * MULTIPROCESSORS // (plan.B * plan.H * plan.tile_groups))

@@ -40,7 +40,7 @@ from jax_ragged.lowering.gpu.softmax import TILE
 from jax_ragged.lowering.params import RaggedAttentionParams
 
 # Heads whose scales are copied together, and the unit of their number in memory.
-SCALED_HEADS, _HEADS_UNIT = 8, 4
+_SCALED_HEADS, _HEADS_UNIT = 8, 4
 
 # The page of each piece of a block.
 Pages = tuple[Any, ...]
@@ -71,7 +71,7 @@ class Stored:
 
     def position_bytes(self, columns: int, itemsize: int) -> int:
         """Bytes of shared memory for a position of a block, with its scales as they are copied."""
-        scales = 4 * SCALED_HEADS if self.scale == "position" else 0
+        scales = 4 * _SCALED_HEADS if self.scale == "position" else 0
         return columns * (self.narrow.itemsize if self.narrow else itemsize) + scales
 
 
@@ -213,6 +213,18 @@ class Form:
         """The arrivals that make a block of key or value full: for each piece and its scales."""
         return pieces * (2 if self.stored(name).scale == "position" else 1)
 
+    def scale_of_head(self, refs: Refs, name: str, head: Any) -> Any:
+        """The scale of a head of key or value, or None if there is not one for all positions."""
+        if self.stored(name).scale != "head":
+            return None
+        return refs[f"{name}_scale"][head]
+
+    def scales_scratch(self, name: str, slots: int, T: int) -> dict[str, Any]:
+        """Shared memory for the scales of blocks of T positions, if positions have their own."""
+        if self.stored(name).scale != "position":
+            return {}
+        return {f"{name}_scales": plgpu.SMEM((slots, T, _SCALED_HEADS), jnp.float32)}
+
     def copy_block(
         self, refs: Refs, name: str, slot: Any, place: "Place", first: Any, pages: Pages
     ) -> None:
@@ -284,9 +296,9 @@ class Form:
         """The scales of positions of one page, [size, 8], in global memory."""
         if self.paged:
             at = page * self.page_size + self._offset(place, at)
-        heads = lax.div(place.head, SCALED_HEADS) * SCALED_HEADS
+        heads = lax.div(place.head, _SCALED_HEADS) * _SCALED_HEADS
         positions = pl.ds(pl.multiple_of(at, SWIZZLE_ROWS), size)
-        return ref.at[positions, pl.ds(pl.multiple_of(heads, SCALED_HEADS), SCALED_HEADS)]
+        return ref.at[positions, pl.ds(pl.multiple_of(heads, _SCALED_HEADS), _SCALED_HEADS)]
 
     def _source(self, ref: Any, place: "Place", at: Any, page: Any, size: int) -> Any:
         """Positions of one page of key or value, [size, D], in global memory."""
@@ -310,7 +322,7 @@ def scales_of_positions(refs: Refs, name: str, slot: Any, head: Any) -> jax.Arra
     """The scales of a head of a block's positions, [T] in registers: of [T, 8 heads] in memory."""
     scales = mosaic_gpu_load(refs[f"{name}_scales"].at[slot], layout=TILE, optimized=False)
     column = plgpu.broadcasted_iota(jnp.int32, scales.shape, 1, layout=TILE)
-    own = column == lax.rem(head, SCALED_HEADS)
+    own = column == lax.rem(head, _SCALED_HEADS)
     return jnp.where(own, scales, 0.0).sum(axis=1)
 
 

@@ -229,7 +229,8 @@ def chunk(columns: int, dtype: Any) -> int:
 def make_plan(operands: Operands, params: RaggedAttentionParams, out_dtype: Any) -> Plan:
     """Returns the plan of a call."""
     dtype = jnp.dtype(out_dtype)
-    plan = Plan.of(operands, params, out_dtype=dtype, T=64, streams=1, stages=1, parts=1)
+    call = Call.of(operands, params)
+    plan = Plan(**vars(call), out_dtype=dtype, T=64, streams=1, stages=1, parts=1)
     # Blocks of 128 positions save time between products where a block has few bytes, if registers
     # hold the logits: all in us on an H200, 54.1 for 58.5 with B16 S8192 32/8/128 in int8, and 73.4
     # for 75.1 with B32 S8192 64/8/64.

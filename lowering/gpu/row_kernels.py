@@ -48,7 +48,7 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     DerivativePlan,
     statistics,
 )
-from jax_ragged.lowering.gpu.forms import SCALED_HEADS, Pages, Place, scales_of_positions, widened
+from jax_ragged.lowering.gpu.forms import Pages, Place, scales_of_positions, widened
 from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
 from jax_ragged.lowering.gpu.plan import chunk
 from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, along
@@ -192,9 +192,8 @@ def _scratch(plan: DerivativePlan, task: RowTask) -> dict[str, Any]:
         scratch[f"{name}_free"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
         if stored.narrow is not None:
             scratch[f"{name}_wide"] = shared_rows((plan.warpgroups, *block), plan.dtype)
+        scratch |= plan.form.scales_scratch(name, stages, plan.block)
         if stored.scale == "position":
-            scales = (stages, plan.block, SCALED_HEADS)
-            scratch[f"{name}_scales"] = plgpu.SMEM(scales, jnp.float32)
             scratch[f"{name}_units"] = plgpu.SMEM((plan.warpgroups, plan.block), jnp.float32)
     scratch["rows_full"] = plgpu.Barrier(num_arrivals=len(task.rows) * tiles)
     if task.columns(plan):
@@ -323,11 +322,7 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
     stages = _stages(plan, task)
     step = {"peaks": _peaks, "cotangent": _cotangent, "tangents": _tangents}[task.name]
     quantised, head = _quantised(plan, task), lax.div(work.head, plan.group)
-    units_of_head = {
-        name: refs[f"{name}_scale"][head]
-        for name in quantised
-        if plan.form.stored(name).scale == "head"
-    }
+    units_of_head = {name: plan.form.scale_of_head(refs, name, head) for name in task.cache}
     pl.when(work.count > 0)(lambda: plgpu.barrier_wait(refs.rows_full))
 
     def block(i: Any, state: Any) -> Any:
@@ -346,7 +341,7 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
             plgpu.commit_smem()
         for name in task.cache:
             operands[f"{name}_unit"] = functools.partial(
-                _unit, plan, refs, name, units_of_head.get(name), wg
+                _unit, plan, refs, name, units_of_head[name], wg
             )
         for name in task.zeroed:
             _zero_outside(plan, refs, work, tile, operands[name], first)

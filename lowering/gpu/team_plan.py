@@ -203,15 +203,13 @@ def make_team_plan(
         """Rows of padding; of those that waste none, few heads give long runs to copy."""
         return ceil_to(Q, 2 * WGMMA_ROWS // n)
 
-    plan = TeamPlan.of(
-        operands,
-        params,
+    plan = TeamPlan(
+        **vars(dataclasses.replace(call, Q=whole)),
         out_dtype=jnp.dtype(out_dtype),
         T=sizes[0],
         heads=min(heads, key=wasted),
         stages=blocks(sizes[0]),
     )
-    plan = dataclasses.replace(plan, Q=whole)
     return plan if plan.teams >= _FEWEST_TEAMS else None
 
 
