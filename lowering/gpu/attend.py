@@ -1,6 +1,7 @@
 """The kernel for few queries: in each stream a warpgroup copies, and another computes."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import mosaic_gpu_load
 from jax_ragged.lowering.gpu import across, down
-from jax_ragged.lowering.gpu.chip import SWIZZLE_ROWS, ceil_to
+from jax_ragged.lowering.gpu.chip import MOST_COPIED, SWIZZLE_ROWS, ceil_to
 from jax_ragged.lowering.gpu.forms import Pages, Place
 from jax_ragged.lowering.gpu.launch import Refs, overhanging, shared_rows, swizzle_columns
 from jax_ragged.lowering.gpu.plan import COPIED, Plan
@@ -90,15 +91,12 @@ def _share_tables(plan: Plan, refs: Refs) -> Tables:
     tables = Tables.of(plan, refs.tables, refs.tables.at[plan.bounds])
     # Not in place: a warp that adds must not overtake one that still reads.
     counts = refs.tables.at[plan.bounds + 1]
-    rows = pl.ds(0, plan.line_size)
 
     @pl.when(lax.axis_index("wg") == plan.streams)
     def _() -> None:
-        for i in range(plan.bounds):
-            for line in range(plan.lines):
-                plgpu.copy_gmem_to_smem(
-                    refs.bounds.at[i, line], refs.tables.at[i, line, rows], refs.bounds_full
-                )
+        for i, line, rows in _bounds_copies(plan):
+            source = refs.bounds.at[i, line, rows]
+            plgpu.copy_gmem_to_smem(source, refs.tables.at[i, line, rows], refs.bounds_full)
         plgpu.barrier_wait(refs.bounds_full)
         for line in range(plan.lines):
             _count_blocks(plan, tables, counts, line)
@@ -109,6 +107,13 @@ def _share_tables(plan: Plan, refs: Refs) -> Tables:
 
     plgpu.barrier_wait(refs.blocks_full)
     return tables
+
+
+def _bounds_copies(plan: Plan) -> list[tuple[int, int, Any]]:
+    """The table, the line and the rows of each copy of the bounds."""
+    starts = range(0, plan.line_size, MOST_COPIED)
+    rows = [pl.ds(start, min(MOST_COPIED, plan.line_size - start)) for start in starts]
+    return list(itertools.product(range(plan.bounds), range(plan.lines), rows))
 
 
 def _count_blocks(plan: Plan, tables: Tables, counts: Any, line: int) -> None:
@@ -319,6 +324,6 @@ def scratch_types(plan: Plan) -> dict[str, Any]:
     if plan.tables_in_shared_memory:
         table = (plan.tables, plan.lines, plan.table_columns)
         scratch["tables"] = plgpu.SMEM(table, jnp.int32)
-        scratch["bounds_full"] = plgpu.Barrier(num_arrivals=plan.bounds * plan.lines)
+        scratch["bounds_full"] = plgpu.Barrier(num_arrivals=len(_bounds_copies(plan)))
         scratch["blocks_full"] = plgpu.Barrier()
     return scratch

@@ -5,6 +5,8 @@ WGMMA_ROWS = 64
 # The rows whose bytes in shared memory are permuted together ("swizzled"). The copy engine moves
 # them whole: in memory, it starts at a multiple of so many positions.
 SWIZZLE_ROWS = 8
+# Elements that one copy moves at most along each dimension.
+MOST_COPIED = 256
 # Multiprocessors of an H100 or H200. The kernels are right for any number.
 MULTIPROCESSORS = 132
 # Bytes of shared memory that a CTA can have.
