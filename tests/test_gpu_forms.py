@@ -200,6 +200,8 @@ ROWS = _case("rows", (200, 1, 0, 256), (0, 0, 0, 63))
 QUERIES = _case("queries", ((20, 37, 250), (8, 9, 0)), ((3, 0, 200), (0, 4, 0)), Q=3)
 CAPPED = _case("capped", (200, 77), Hq=4, D=128, Dv=96, logits_soft_cap=2.0, dtype="float16")
 MANY = _case("many", _causal(128, 1, 120), Q=128, Hq=64, Hkv=4, D=128, Dv=128)
+# Scales are copied for 8 heads at a time.
+TWELVE = _case("twelve_heads", (200, 77), Hq=12, Hkv=12)
 SLIDING = _case(
     "sliding", _causal(200, 30, 2), _causal(200, -40, -8), Q=200, Hq=32, Hkv=8, logits_soft_cap=3.0
 )
@@ -222,6 +224,8 @@ QUANTISED = (
     Form(16, "BHSD", "int8", "page"),
     Form(None, "BSHD", "int8", "token", ("value",)),
     Form(None, "BHSD", "int8", "token", ("key",)),
+    Form(None, "BSHD", "int8", "head"),
+    Form(None, "BHSD", "float8_e4m3fn", "page"),
 )
 
 
@@ -406,6 +410,7 @@ class TestInterpreted:
         tiered(
             [(ROWS, Form(16)), (ROWS, Form(48, "BHSD")), (QUERIES, Form(64)),
              (CAPPED, Form(None, "BHSD")), (dataclasses.replace(ROWS, S=261), Form(None, "BHSD")),
+             *((TWELVE, form) for form in QUANTISED[:2]),
              *((case, form) for case in (ROWS, QUERIES, CAPPED) for form in QUANTISED)],
             [(QUERIES, Form(64)), (ROWS, QUANTISED[1]),
              (QUERIES, QUANTISED[2]), (ROWS, QUANTISED[4])],
@@ -473,7 +478,7 @@ class TestGpu:
 
     @pytest.mark.parametrize("form", FORMS + QUANTISED, ids=str)
     @pytest.mark.parametrize(
-        "case", [ROWS, QUERIES, CAPPED, MANY, SLIDING], ids=lambda case: case.name
+        "case", [ROWS, QUERIES, CAPPED, MANY, SLIDING, TWELVE], ids=lambda case: case.name
     )
     def test_values(self, case: Case, form: Form) -> None:
         stored = Stored.of(case, form)

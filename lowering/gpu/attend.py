@@ -57,7 +57,7 @@ def attend(plan: Plan, refs: Refs) -> None:
       query: [B, columns, result_rows, D].
       key, value: the cache as `forms` has it: [B * S, Hkv, D] and [B * S, Hkv, Dv] if dense.
       page_table: int32 [B, W], if there is one.
-      key_scale, value_scale: float32 [Hkv] or [positions, heads], if there are scales.
+      key_scale, value_scale: float32 [B, Hkv] or [positions, heads], if there are scales.
       out: [B, columns, result_rows, Dv], max_logits, denominator: [B, columns, tile_rows]: the
         results of the tiles that one part has whole.
       accumulators: [partials, tile_rows, accumulator_columns], maxima, denominators: [partials,
@@ -189,12 +189,13 @@ def _compute(plan: Plan, refs: Refs, tables: Tables, stream: Any, part: Part) ->
     for i in range(plan.stages):
         plgpu.barrier_arrive(refs.key_free.at[stream * plan.stages + i])
         plgpu.barrier_arrive(refs.value_free.at[stream * plan.stages + i])
-    key_unit, value_unit = (
-        plan.form.scale_of_head(refs, name, part.column.head) for name in ("key", "value")
-    )
 
     def run(column: Column, segment: Segment) -> None:
         windows = _windows(plan, refs, tables, column, segment.row)
+        key_unit, value_unit = (
+            plan.form.scale_of_row(refs, name, segment.row, column.head)
+            for name in ("key", "value")
+        )
         plgpu.barrier_wait(refs.query_full.at[stream])
         _tile(plan).prepare(plan, refs, stream)
 

@@ -14,10 +14,10 @@ engine, where `Form.span` allows it.
 The pages of a pool stand in a table [B, W]. A copying warpgroup looks up the pages of a block while
 the copies of the block before it run, so that it does not wait for the table.
 
-A quantised cache comes with scales. One scale for all positions of a head is a number. Scales of
-their own for positions stand beside them in an array [positions, heads], whose pieces are copied
-with the pieces of the cache, 8 heads wide. Heads are padded to a multiple of 4, as the copy engine
-needs.
+A quantised cache comes with scales. One scale for all positions of a row and head is a number.
+Scales of their own for positions stand beside them in an array [positions, heads], whose pieces are
+copied with the pieces of the cache, 8 heads wide. Heads are padded to 4, or to a multiple of 8, as
+the copy engine needs.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ from jax_ragged.lowering.gpu.launch import Refs, overhanging, padded, swizzle_co
 from jax_ragged.lowering.gpu.softmax import TILE
 from jax_ragged.lowering.params import RaggedAttentionParams
 
-# Heads whose scales are copied together, and the unit of their number in memory.
-_SCALED_HEADS, _HEADS_UNIT = 8, 4
+# Heads whose scales are copied together. Fewer in memory are a multiple of the other number.
+_SCALED_HEADS, _FEWER_HEADS = 8, 4
 
 # The page of each piece of a block.
 Pages = tuple[Any, ...]
@@ -52,7 +52,8 @@ class Stored:
 
     Attributes:
       narrow: the dtype of the quantised values, or None for the dtype of query.
-      scale: "head" if a head has one scale, "position" if its positions have their own; or None.
+      scale: "row" if all positions of a row and head share a scale, "position" if they have their
+        own; or None.
     """
 
     narrow: Any = None
@@ -65,8 +66,10 @@ class Stored:
         """How x and its scale are stored, beside a query of a dtype."""
         kind = None
         if scale is not None:
-            by_head = scale.shape[0] == scale.shape[positions_axis(params)] == 1
-            kind = "head" if by_head else "position"
+            shared = scale.shape[positions_axis(params)] == 1
+            # The pages of a row may have different ones.
+            by_row = shared and (scale.shape[0] == 1 or not params.paged)
+            kind = "row" if by_row else "position"
         return cls(None if x.dtype == dtype else jnp.dtype(x.dtype), kind)
 
     def position_bytes(self, columns: int, itemsize: int) -> int:
@@ -140,21 +143,24 @@ class Form:
         for name in ("key", "value"):
             scale = getattr(operands, f"{name}_scale")
             if scale is not None:
-                of_heads = self.stored(name).scale == "head"
-                x = getattr(operands, name)
-                make = self._scale_of_heads if of_heads else self._scale_of_positions
-                arrays[f"{name}_scale"] = make(scale, x)
+                if self.stored(name).scale == "row":
+                    heads = operands.key.shape[1 if self.heads_first else 2]
+                    scale = self._scale_of_rows(scale, operands.query.shape[0], heads)
+                else:
+                    scale = self._scale_of_positions(scale, getattr(operands, name))
+                arrays[f"{name}_scale"] = scale
         return arrays
 
-    def _scale_of_heads(self, scale: jax.Array, x: jax.Array) -> jax.Array:
-        """One number for each head, [Hkv]."""
-        return jnp.broadcast_to(scale.reshape(-1), (x.shape[1 if self.heads_first else 2],))
+    def _scale_of_rows(self, scale: jax.Array, B: int, heads: int) -> jax.Array:
+        """One number for each row and head, [B, heads]."""
+        scale = scale.squeeze(2 if self.heads_first else 1)
+        return jnp.broadcast_to(scale, (B, heads))
 
     def _scale_of_positions(self, scale: jax.Array, x: jax.Array) -> jax.Array:
         """One number for each position and head, [positions of `array`, heads].
 
-        A bitcast of scales [B, S, Hkv] or [P, T, Hkv] if Hkv is a multiple of 4, and the positions
-        of 8; else the scales are copied.
+        A bitcast of scales [B, S, Hkv] or [P, T, Hkv] if the positions are a multiple of 8, and Hkv
+        is, or is 4; else the scales are copied.
         """
         scale = jnp.broadcast_to(scale, x.shape[:3])
         if self.heads_first:
@@ -162,7 +168,9 @@ class Form:
             scale = padded(scale, 1, ceil_to(scale.shape[1], SWIZZLE_ROWS))
         scale = scale.reshape(-1, scale.shape[2])
         scale = padded(scale, 0, ceil_to(scale.shape[0], SWIZZLE_ROWS))
-        return padded(scale, 1, ceil_to(scale.shape[1], _HEADS_UNIT))
+        heads = scale.shape[1]
+        unit = _FEWER_HEADS if heads <= _SCALED_HEADS else _SCALED_HEADS
+        return padded(scale, 1, ceil_to(heads, unit))
 
     def array(self, x: jax.Array) -> jax.Array:
         """Views key or value as the kernels read it.
@@ -213,11 +221,11 @@ class Form:
         """The arrivals that make a block of key or value full: for each piece and its scales."""
         return pieces * (2 if self.stored(name).scale == "position" else 1)
 
-    def scale_of_head(self, refs: Refs, name: str, head: Any) -> Any:
-        """The scale of a head of key or value, or None if there is not one for all positions."""
-        if self.stored(name).scale != "head":
+    def scale_of_row(self, refs: Refs, name: str, row: Any, head: Any) -> Any:
+        """The scale of a row and head of key or value, or None if there is not one."""
+        if self.stored(name).scale != "row":
             return None
-        return refs[f"{name}_scale"][head]
+        return refs[f"{name}_scale"][row, head]
 
     def scales_scratch(self, name: str, slots: int, T: int) -> dict[str, Any]:
         """Shared memory for the scales of blocks of T positions, if positions have their own."""

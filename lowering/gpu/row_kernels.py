@@ -322,7 +322,7 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
     stages = _stages(plan, task)
     step = {"peaks": _peaks, "cotangent": _cotangent, "tangents": _tangents}[task.name]
     quantised, head = _quantised(plan, task), lax.div(work.head, plan.group)
-    units_of_head = {name: plan.form.scale_of_head(refs, name, head) for name in task.cache}
+    units = {name: plan.form.scale_of_row(refs, name, work.b, head) for name in task.cache}
     pl.when(work.count > 0)(lambda: plgpu.barrier_wait(refs.rows_full))
 
     def block(i: Any, state: Any) -> Any:
@@ -340,9 +340,7 @@ def _compute(plan: DerivativePlan, task: RowTask, refs: Refs, work: _RowWork, wg
             # For the products, and before the copy engine writes to the slot again.
             plgpu.commit_smem()
         for name in task.cache:
-            operands[f"{name}_unit"] = functools.partial(
-                _unit, plan, refs, name, units_of_head[name], wg
-            )
+            operands[f"{name}_unit"] = functools.partial(_unit, plan, refs, name, units[name], wg)
         for name in task.zeroed:
             _zero_outside(plan, refs, work, tile, operands[name], first)
         state = step(plan, tile, operands, first, state)
@@ -374,14 +372,14 @@ def _widen(plan: DerivativePlan, refs: Refs, name: str, slot: Any, head: Any, wg
     return wide_ref
 
 
-def _unit(plan: DerivativePlan, refs: Refs, name: str, of_head: Any, wg: Any) -> Any:
+def _unit(plan: DerivativePlan, refs: Refs, name: str, of_row: Any, wg: Any) -> Any:
     """The scale of a block of key or value: a number, one for each position [T], or None.
 
     Those of positions are in registers of a tile's rows where `_widen` has them. They come from
     shared memory to those of its columns.
     """
     if plan.form.stored(name).scale != "position":
-        return of_head
+        return of_row
     return mosaic_gpu_load(refs[f"{name}_units"].at[wg], layout=COLUMNS, optimized=False)
 
 
