@@ -7,7 +7,6 @@ runs what a GPU takes.
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
 from collections.abc import Callable
@@ -25,11 +24,11 @@ from cases import Case, Operands, assert_close, poison, tiered, tolerance
 from jax_ragged import Unsupported, ragged_attention
 from jax_ragged.lowering.contract import ByOperand, ByResult, Residuals
 from jax_ragged.lowering.dispatch import Target
-from jax_ragged.lowering.gpu import derivative_blocks, derivatives, row_kernels
+from jax_ragged.lowering.gpu import derivative_blocks, derivatives
 from jax_ragged.lowering.params import RaggedAttentionParams
 from lowerings import gpus, refusal
 from programs import emitted
-from test_gpu_forms import CAPPED, FORMS, MANY, QUANTISED, QUERIES, ROWS, Form, Stored, assert_fits
+from test_gpu_forms import CAPPED, FORMS, MANY, QUANTISED, QUERIES, ROWS, Form, Stored
 from test_gpu_lowering import FITTED, H200
 
 
@@ -334,31 +333,6 @@ class TestLoweredForms:
         text = _lowered(lambda r, t: Target("cuda", H200).vjp(r, t, wrt, params), residuals, bars)
         least = residuals.key.size
         assert any("gather" in x for size, x in emitted(text, "gather") if size >= least // 2)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("Q", [1, 100])
-def test_a_block_at_least_fits_beside_the_rest(Q: int, dtype: str) -> None:
-    """Over head dimensions and tasks: blocks in flight, and the bytes of all shared memory."""
-    head_dims = range(32, 257, 32)
-    array: Any = jax.ShapeDtypeStruct
-    scale = array((2, 512, 8), jnp.float32) if dtype == "int8" else None
-    optional = ("key_scale", "value_scale") if dtype == "int8" else ()
-    tasks = [
-        row_kernels.RowTask("peaks", ("query",), ("key",)),
-        row_kernels.RowTask("cotangent", ("query", "out_bar"), ("key", "value"), at_max=True),
-    ]
-    if dtype == "bfloat16":
-        cache = "key", "value", "key_dot", "value_dot"
-        tasks.append(row_kernels.RowTask("tangents", ("query", "query_dot"), cache))
-    for D, Dv, task in itertools.product(head_dims, head_dims, tasks):
-        case = Case("", (1, 1), Q=Q, Hq=8, Hkv=8, S=512, D=D, Dv=Dv, dtype="bfloat16")
-        residuals, _, _ = _types(case)
-        key, value = (array(x.shape, dtype) for x in residuals[1:3])
-        residuals = residuals._replace(key=key, value=value, key_scale=scale, value_scale=scale)
-        plan = derivatives.plan_of(residuals, RaggedAttentionParams(optional=optional))
-        assert row_kernels._stages(plan, task) >= 1
-        assert_fits(row_kernels._scratch(plan, task))
 
 
 class TestUnsupported:

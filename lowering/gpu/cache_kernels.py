@@ -43,11 +43,8 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     DerivativePlan,
     statistics,
 )
-from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
+from jax_ragged.lowering.gpu.launch import Refs, launch, most_stages, shared_rows
 from jax_ragged.lowering.gpu.softmax import COLUMNS
-
-# Shared memory of a CTA, less what barriers and statistics take.
-_SHARED_MEMORY = 220 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,36 +167,19 @@ def run(
         warpgroups=_warpgroups(plan) + 1,
         inputs={"spans": spans(plan, windows)} | task.inputs(windows, operands),
         results=results,
-        scratch=_scratch(plan, task),
+        scratch=_scratch(plan, task, _stages(plan, task)),
         interpret=interpret,
     )
     return {name: made[f"{name}_bar"] for name in task.results}
 
 
-def _used(plan: DerivativePlan, task: CacheTask) -> tuple[int, int]:
-    """Bytes of shared memory: of what a CTA keeps, and of one stage."""
-    itemsize, wgs = plan.dtype.itemsize, _warpgroups(plan)
-    row = (plan.D + plan.Dv) * itemsize
-    staging = max(
-        plan.chunk(plan.width(name), dtype) * jnp.dtype(dtype).itemsize
-        for name, dtype in task.results.items()
-    )
-    return wgs * WGMMA_ROWS * (row + staging), WGMMA_ROWS * (row + 7 * 4)
-
-
 def _stages(plan: DerivativePlan, task: CacheTask) -> int:
     """Tiles in flight."""
-    kept, stage = _used(plan, task)
-    return max(1, min((_SHARED_MEMORY - kept) // stage, 3))
+    return most_stages(functools.partial(_scratch, plan, task), 3)
 
 
-def shared_memory(plan: DerivativePlan, task: CacheTask) -> int:
-    """Bytes that a CTA needs if there is one stage."""
-    return sum(_used(plan, task))
-
-
-def _scratch(plan: DerivativePlan, task: CacheTask) -> dict[str, Any]:
-    wgs, stages = _warpgroups(plan), _stages(plan, task)
+def _scratch(plan: DerivativePlan, task: CacheTask, stages: int) -> dict[str, Any]:
+    wgs = _warpgroups(plan)
     scratch = {
         "key_block": shared_rows((wgs, WGMMA_ROWS, plan.D), plan.dtype),
         "value_block": shared_rows((wgs, WGMMA_ROWS, plan.Dv), plan.dtype),

@@ -1,6 +1,7 @@
 """Starts a Mosaic GPU kernel whose refs have names."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_ragged.lowering._compat import unchecked_varying_axes
+from jax_ragged.lowering.gpu.chip import SHARED_MEMORY, ceil_to
 
 Arrays = dict[str, jax.Array]
 
@@ -108,6 +110,27 @@ def shared_rows(shape: tuple[int, ...], dtype: Any, like: int | None = None) -> 
     swizzling: Any = plgpu.SwizzleTransform
     transforms = tiling((8, swizzle // size)), swizzling(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def most_stages(
+    scratch_of: Callable[[int], Mapping[str, Any]], most: int, multiple: int = 1
+) -> int:
+    """The most stages for which a CTA has shared memory: 0 if it has none for the fewest.
+
+    Args:
+      scratch_of: the shared memory and barriers of a kernel with so many stages.
+      most: the most that are of use.
+      multiple: of which the number is one.
+    """
+
+    def size(stages: int) -> int:
+        arrays = (x for x in scratch_of(stages).values() if not isinstance(x, plgpu.Barrier))
+        sizes = (math.prod(x.shape) * jax.numpy.dtype(x.dtype).itemsize for x in arrays)
+        # JAX puts every array at a multiple of 1024 bytes.
+        return sum(ceil_to(x, 1024) for x in sizes)
+
+    numbers = range(most // multiple * multiple, 0, -multiple)
+    return next((n for n in numbers if size(n) <= SHARED_MEMORY), 0)
 
 
 def overhanging(start: int, size: int, unit: int, index: Any) -> Any:

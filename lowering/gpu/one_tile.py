@@ -40,10 +40,9 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     join_rows,
     split_rows,
 )
-from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
+from jax_ragged.lowering.gpu.launch import Refs, launch, most_stages, shared_rows
 
 _BLOCK = WGMMA_ROWS
-_SHARED_MEMORY = 220 * 1024
 
 
 def takes(plan: DerivativePlan) -> bool:
@@ -78,7 +77,7 @@ def run(
         warpgroups=plan.warpgroups + 1,
         inputs=task.inputs(windows, dict(operands) | by_row),
         results=results,
-        scratch=_scratch(plan, task),
+        scratch=_scratch(plan, task, _stages(plan, task)),
         interpret=interpret,
     )
     bars = {name: join_rows(plan, made[f"{name}_bar"]) for name in task.results}
@@ -92,27 +91,14 @@ def _chunk(plan: DerivativePlan, task: CacheTask, name: str) -> int:
     return plan.chunk(plan.width(name), task.results[name])
 
 
-def _used(plan: DerivativePlan, task: CacheTask) -> tuple[int, int]:
-    """Bytes of shared memory: of what a CTA keeps, and of one stage."""
-    row = (plan.D + plan.Dv) * plan.dtype.itemsize
-    staged = sum(
-        _chunk(plan, task, name) * jnp.dtype(dtype).itemsize for name, dtype in task.results.items()
-    )
-    if task.query is not None:
-        staged += WGMMA_ROWS * plan.dtype.itemsize + _chunk(plan, task, "query") * 4
-    return WGMMA_ROWS * (row + plan.warpgroups * staged), _BLOCK * row
-
-
 def _stages(plan: DerivativePlan, task: CacheTask) -> int:
     """Blocks in flight."""
-    kept, stage = _used(plan, task)
-    stages = min((_SHARED_MEMORY - kept) // stage, 6)
     # Each stage is always the same warpgroup's: both count its phases.
-    return int(stages // plan.warpgroups * plan.warpgroups)
+    return most_stages(functools.partial(_scratch, plan, task), 6, plan.warpgroups)
 
 
-def _scratch(plan: DerivativePlan, task: CacheTask) -> dict[str, Any]:
-    stages, wgs = _stages(plan, task), plan.warpgroups
+def _scratch(plan: DerivativePlan, task: CacheTask, stages: int) -> dict[str, Any]:
+    wgs = plan.warpgroups
     scratch = {
         "query_tile": shared_rows((WGMMA_ROWS, plan.D), plan.dtype),
         "out_bar_tile": shared_rows((WGMMA_ROWS, plan.Dv), plan.dtype),

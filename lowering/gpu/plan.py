@@ -209,7 +209,7 @@ class Plan(Call):
             of_row += WGMMA_ROWS * 4 + self.T * itemsize * self.weight_parts
         if self.integer_products:
             of_row += 3 * self.D
-        left = (SHARED_MEMORY - _TABLES_BYTES - 8 * 1024) // streams - self.padded_rows * of_row
+        left = (SHARED_MEMORY - _TABLES_BYTES - 5 * 1024) // streams - self.padded_rows * of_row
         block = self.T * self.form.position_bytes(self.D, self.value_columns, itemsize)
         return min(left // block, max(2, _IN_FLIGHT // block))
 

@@ -49,12 +49,9 @@ from jax_ragged.lowering.gpu.derivative_plan import (
     statistics,
 )
 from jax_ragged.lowering.gpu.forms import Pages, Place, scales_of_positions, widened
-from jax_ragged.lowering.gpu.launch import Refs, launch, shared_rows
+from jax_ragged.lowering.gpu.launch import Refs, launch, most_stages, shared_rows
 from jax_ragged.lowering.gpu.plan import chunk
 from jax_ragged.lowering.gpu.softmax import COLUMNS, ROWS, TILE, along
-
-# Shared memory of a CTA, less what barriers and statistics take.
-_SHARED_MEMORY = 222 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,31 +137,16 @@ def run(
         warpgroups=plan.warpgroups + 1,
         inputs=inputs,
         results=results,
-        scratch=_scratch(plan, task),
+        scratch=_scratch(plan, task, _stages(plan, task)),
         interpret=interpret,
     )
 
 
 def _stages(plan: DerivativePlan, task: RowTask) -> int:
     """Blocks of each operand of the cache in flight."""
-    used, block = _used(plan, task)
-    stages = min((_SHARED_MEMORY - used) // block, 6)
     # Where blocks are dealt, each stage is always the same warpgroup's: both count its phases.
     dealt_to = 1 if plan.tiles_apart else plan.warpgroups
-    return stages // dealt_to * dealt_to
-
-
-def _used(plan: DerivativePlan, task: RowTask) -> tuple[int, int]:
-    """Bytes of shared memory: of what a CTA keeps, and of one stage."""
-    itemsize = plan.dtype.itemsize
-    tile = sum(plan.width(name) for name in task.rows) * itemsize
-    staging = plan.chunk(task.columns(plan), task.dtype) * jnp.dtype(task.dtype).itemsize
-    of_warpgroup = staging + sum(plan.width(name) for name in _quantised(plan, task)) * itemsize
-    used = (_tiles_of_cta(plan) * tile + plan.warpgroups * of_warpgroup) * WGMMA_ROWS
-    position = sum(
-        plan.form.stored(name).position_bytes(plan.width(name), itemsize) for name in task.cache
-    )
-    return used, plan.block * position
+    return most_stages(functools.partial(_scratch, plan, task), 6, dealt_to)
 
 
 def _quantised(plan: DerivativePlan, task: RowTask) -> tuple[str, ...]:
@@ -176,8 +158,8 @@ def _tiles_of_cta(plan: DerivativePlan) -> int:
     return plan.warpgroups if plan.tiles_apart else 1
 
 
-def _scratch(plan: DerivativePlan, task: RowTask) -> dict[str, Any]:
-    stages, tiles = _stages(plan, task), _tiles_of_cta(plan)
+def _scratch(plan: DerivativePlan, task: RowTask, stages: int) -> dict[str, Any]:
+    tiles = _tiles_of_cta(plan)
     scratch: dict[str, Any] = {
         f"{name}_tiles": shared_rows((tiles, WGMMA_ROWS, plan.width(name)), plan.dtype)
         for name in task.rows

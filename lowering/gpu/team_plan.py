@@ -186,7 +186,7 @@ def make_team_plan(
         tiles = 2 * WGMMA_ROWS * (D * itemsize + 2 * 4)
         out_size: int = jnp.dtype(out_dtype).itemsize
         out = 2 * WGMMA_ROWS * out_columns(Dv, out_dtype) * out_size
-        return min((SHARED_MEMORY - 1024 - tiles - out) // (T * (D + Dv) * itemsize), _STAGES)
+        return min((SHARED_MEMORY - tiles - out) // (T * (D + Dv) * itemsize), _STAGES)
 
     # Registers hold the logits of 128 positions beside up to 128 columns of the sum.
     sizes = [T for T in _BLOCK_SIZES if params.block_size in (None, T)]
