@@ -97,9 +97,10 @@ class Runner:
         """The static parameters of the call. Block sizes of the table suit the CPU."""
         return {**case.params, "block_size": None}
 
-    def reads(self, case: FormCase, operation: str) -> bool | None:
+    def reads(self, case: FormCase, operation: str, wrt: Sequence[str]) -> bool | None:
         """Whether its kernels run a program of an operation, with the forward that it needs.
 
+        The derivatives are with respect to the operands named in wrt.
         A test fails where this is not so; None is for a lowering of which it is not known.
         """
         return False
@@ -145,7 +146,7 @@ class Cpu(Runner):
         """As of every runner."""
         return case.params
 
-    def reads(self, case: FormCase, operation: str) -> bool | None:
+    def reads(self, case: FormCase, operation: str, wrt: Sequence[str]) -> bool | None:
         """As of every runner: it takes all forms."""
         return True
 
@@ -164,7 +165,7 @@ class Tpu(Runner):
         taken = case.B and case.S and case.Q != 0 and case.dtype in ("float32", "bfloat16")
         return ("tpu_kernel",) if taken else ("reference",)
 
-    def reads(self, case: FormCase, operation: str) -> bool | None:
+    def reads(self, case: FormCase, operation: str, wrt: Sequence[str]) -> bool | None:
         """As of every runner: all forms but pages that XLA would move."""
         page = case.form.page
         unit = 128 if case.D % 128 or case.Dv % 128 else 8
@@ -195,13 +196,16 @@ class Gpu(Runner):
         refused = refusal(target, operation, query, key, value, params)
         return ("cuda_kernel",) if refused is None else ("reference",)
 
-    def reads(self, case: FormCase, operation: str) -> bool | None:
+    def reads(self, case: FormCase, operation: str, wrt: Sequence[str]) -> bool | None:
         """As of every runner: what docs/gpu.md says of forms."""
         narrow = case.form.dtype is not None
+        of_query = tuple(wrt) == ("query",) and operation == "vjp"
+        scaled = case.form.scale is not None
+        derived = not narrow or (of_query and (case.dtype == "bfloat16" or not scaled))
         unit = 32 if narrow else 16
         sizes = case.D % unit == case.Dv % unit == 0 and (case.form.page or 16) % 16 == 0
         of_dtype = case.dtype in ("bfloat16", "float16")
-        return of_dtype and sizes and (operation == "forward" or not narrow)
+        return of_dtype and sizes and (operation == "forward" or derived)
 
 
 class Own(Runner):
@@ -219,7 +223,7 @@ class Own(Runner):
         """As of every runner."""
         return ("cpu_kernel", "reference")
 
-    def reads(self, case: FormCase, operation: str) -> bool | None:
+    def reads(self, case: FormCase, operation: str, wrt: Sequence[str]) -> bool | None:
         """As of every runner."""
         return None
 
