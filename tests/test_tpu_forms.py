@@ -451,3 +451,25 @@ def test_refused(case: Scheduled, reason: str) -> None:
     operands = case.operands(4, 8000, SingleDeviceSharding(devices("v5e")[0]))
     with pytest.raises(NotImplementedError, match=reason):
         jax.jit(case.call).lower(operands)
+
+
+@pytest.mark.parametrize(
+    ("generation", "page", "dtype", "tile"),
+    tiered(
+        [("v4", 24, "int8", 32), ("v6e", 144, "float8_e5m2", 32), ("7x", 24, "bfloat16", 16)],
+        [("7x", 40, "bfloat16", 16)],
+    ),
+)
+def test_pages_that_cut_tiles(generation: str, page: int, dtype: str, tile: int) -> None:
+    """Of a head dimension of several registers, whole tiles are copied, or parts of one."""
+
+    def lowered(page: int) -> Any:
+        case = Scheduled(6, 3, 256, page=page, dtype=dtype)
+        operands = case.operands(2, 6 * page, SingleDeviceSharding(devices(generation)[0]))
+        return jax.jit(case.call).lower(operands)
+
+    reason = f"pages of {page} would cut them.*Use pages of a multiple of {tile} positions"
+    with pytest.raises(NotImplementedError, match=reason):
+        lowered(page)
+    for fitting in (tile // 2, 3 * tile):
+        assert "tpu_custom_call" in lowered(fitting).compile().as_text()

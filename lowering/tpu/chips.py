@@ -21,6 +21,8 @@ class Chip:
       byte_cycles: more for 1 MiB of bytes where each head is read by itself: its bytes are shifted
         out of words, where newer chips unpack all heads at once.
       cores: cores that one device drives: 2 for a megacore.
+      tall_tiles: whether XLA keeps 16 rows of 16-bit numbers together, and not 8. It keeps 32 rows
+        of bytes together on all chips.
       reason: why there are no kernels for it, or None.
     """
 
@@ -32,6 +34,7 @@ class Chip:
     stride_cycles: int
     byte_cycles: int = 0
     cores: int = 1
+    tall_tiles: bool = False
     reason: str | None = None
 
 
@@ -48,11 +51,11 @@ _CHIPS = {
     "TPU v5p": Chip("v5p", 64 * MIB, 1490, 250, 3.0, 32, cores=2),
     "TPU v6 lite": Chip("v6e", 128 * MIB, 1120, 315, 1.8, 32, 400),
     "TPU v6e": Chip("v6e", 128 * MIB, 1120, 315, 1.8, 32, 400),
-    "TPU7x": Chip("7x", 64 * MIB, 620, 300, 1.8, 32, 400),
+    "TPU7x": Chip("7x", 64 * MIB, 620, 300, 1.8, 32, 400, tall_tiles=True),
 }
 
 # The chip of a program lowered for no known device (jax.export): its blocks fit and fill them all.
-_ANY = Chip("any", 16 * MIB, 1120, 320, 3.8, 110, cores=2)
+_ANY = Chip("any", 16 * MIB, 1120, 320, 3.8, 110, cores=2, tall_tiles=True)
 
 
 def chip_of(device_kind: str | None) -> Chip:

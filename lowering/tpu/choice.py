@@ -284,12 +284,8 @@ def choose(
         # Heads that are read by themselves are not summed over tiles of queries.
         if i > 0 and work.summed:
             continue
-        reason = x.key.reason or x.value.reason
-        if reason is not None:
-            advice = 'Keep heads first, cache_layout="BHSD", and a multiple of 8 positions.'
-            refusals.append(Unsupported(reason, advice))
-            continue
         try:
+            _check(x, chip)
             blocks = blocks_for(work, chip, params.block_size, vmem_most)
             choices.append(Choice(x, work, blocks, chip, params))
         except Unsupported as refusal:
@@ -297,6 +293,28 @@ def choose(
     if not choices:
         raise refusals[0]
     return min(choices, key=lambda x: compute_cycles(x.sizes.work(), chip))
+
+
+def _check(sizes: Sizes, chip: Chip) -> None:
+    """Refuses a reading of the cache that has no kernel.
+
+    Raises:
+      Unsupported: with the reason.
+    """
+    reason = sizes.key.reason or sizes.value.reason
+    if reason is not None:
+        advice = 'Keep heads first, cache_layout="BHSD", and a multiple of 8 positions.'
+        raise Unsupported(reason, advice)
+    for x in (sizes.key, sizes.value):
+        # Of several registers of lanes, the compiler copies whole tiles, or parts of one.
+        tile = SUBLANES * (x.packing if x.packing == 4 or chip.tall_tiles else 1)
+        page = sizes.page
+        if page is not None and x.head_dim > LANES and page % tile and tile % page:
+            raise Unsupported(
+                f"the compiler copies {tile} positions of head dimension {x.head_dim} in {x.dtype} "
+                f"together, and pages of {page} would cut them",
+                f"Use pages of a multiple of {tile} positions.",
+            )
 
 
 def with_advice(
