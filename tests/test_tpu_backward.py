@@ -19,6 +19,7 @@ from cases import Case, assert_close, ids, poison, tiered
 from jax_ragged.lowering.contract import Operands
 from jax_ragged.lowering.dispatch import Target
 from jax_ragged.lowering.params import RaggedAttentionParams
+from jax_ragged.lowering.tpu import cost
 from jax_ragged.lowering.tpu.chips import chip_of
 from jax_ragged.lowering.tpu.choice import MAX_ROWS, KernelPlan, choose, readings
 from jax_ragged.lowering.tpu.cost import Blocks
@@ -397,3 +398,20 @@ def test_different_head_dims_compile(
 ) -> None:
     """Keys and values in different columns, on every generation."""
     _assert_no_copies(generation, sizes, derivative, dtype)
+
+
+@pytest.mark.full
+def test_there_is_room_for_what_many_rows_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler spills many numbers for each logit of a float32 derivative."""
+
+    def compiled() -> Any:
+        return compile_call(
+            "v5p", Hq=6, Hkv=3, D=32, dtype="float32", B=1, S=4096, Q=128, transform=_jvp,
+            logits_soft_cap=30.0,
+        )  # fmt: skip
+
+    assert "ragged_attention_jvp" in compiled().as_text()
+    jax.clear_caches()
+    monkeypatch.setattr(cost, "SPILLS", 0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        compiled()

@@ -45,6 +45,9 @@ MAX_COLUMNS = 2048
 # Where heads are separated: the columns of two of them stay in registers.
 STRIDED_COLUMNS = 256
 MAX_MIB = 4.0
+# Numbers for each logit of a chunk that the compiler spills in derivatives, and where blocks are
+# widened: up to 20 in compiled kernels, and up to 90 of products of float32.
+SPILLS = 32
 # Keys and values of a step of a derivative, which has more latency to hide: of up to five products.
 DERIVATIVE_BYTES = MIB
 
@@ -142,6 +145,15 @@ class Work:
         sums = sum(x.block_bytes(T, jnp.float32) for x in layouts) if self.summed else 0
         return 2 * double_buffered + accumulators + logits + scales + selection + sums
 
+    def spilled_bytes(self, chunk: int) -> int:
+        """Room for what the compiler spills beside the declared bytes."""
+        widened = any(x.packing == 4 for x in (self.key, self.value))
+        if self.products == 2 and not widened:
+            return 0
+        columns = chunk * max(self.key.columns, self.value.columns)
+        exact = EXACT if self.dtype == jnp.float32 else 1
+        return SPILLS * exact * 4 * self.rows * columns
+
     def smem_bytes(self, T: int) -> int:
         """Bytes of the work list and of the page table."""
         return 4 * (self.tiles * (-(-self.S // T) + 6) + 8 + self.table)
@@ -206,7 +218,8 @@ def _blocks_of(work: Work, chip: Chip, block_size: int | None, vmem_most: float)
             f"blocks of {T} positions take {declared / MIB:.1f} of the {chip.vmem // MIB} MiB of "
             f"VMEM of a {chip.name}, of which the compiler needs a part"
         )
-    return Blocks(T, chunk, min(max(2 * declared + MIB, 16 * MIB), chip.vmem))
+    limit = max(2 * declared + MIB, declared + work.spilled_bytes(chunk), 16 * MIB)
+    return Blocks(T, chunk, min(limit, chip.vmem))
 
 
 def compute_cycles(work: Work, chip: Chip) -> float:
