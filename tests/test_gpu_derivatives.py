@@ -88,6 +88,8 @@ DERIVED = (
     Case("joined", (300, 7, 0, 290), (1, 0, 0, 40), Hq=8, Hkv=2, S=300, **_SIZES),
     Case("joined_causal", **_causal(100, 70) | {"S": 100}, Hq=4, Hkv=2, **_sizes(D=128, Dv=128)),
     Case("causal_wide", **_causal(100, 90), **_sizes(D=256, Dv=256)),
+    # One tile of each query head.
+    Case("tile_of_each_head", **_causal(64, 104), Hq=8, Hkv=2, **_sizes(Dv=128)),
 )
 
 
@@ -416,6 +418,8 @@ class TestInterpreted:
                 Case("joined", (52, 3, 0, 51), (1, 0, 0, 40), S=52, **_SIZES),
                 marks=pytest.mark.full,
             ),
+            # One tile of each head, of which two share a key head.
+            Case("tile_of_each_head", **_causal(64, 40, rows=1), Hq=2, Hkv=1, **_SIZES),
             # Tiles of one head each.
             pytest.param(
                 Case("tiles", **_causal(72, 40, rows=1), Hq=2, Hkv=1, **_SIZES, softmax_scale=-0.5),

@@ -95,7 +95,12 @@ MANY: tuple[Case, ...] = (
          Dv=128, block_size=64),
 )  # fmt: skip
 MANY = tuple(c if c.dtype == "float16" else dataclasses.replace(c, dtype="bfloat16") for c in MANY)
-FITTED += MANY
+# Enough for teams; but a tile would hold all queries, and the next none.
+EIGHT = Case(
+    "eight_queries", _windows(8, *((100 + i, 1, 0) for i in range(12))), Q=8, Hq=64, Hkv=4, S=128,
+    D=64, Dv=64, dtype="bfloat16",
+)  # fmt: skip
+FITTED += (*MANY, EIGHT)
 FITTED = tuple(
     c if c.dtype == "float16" else _fit(c, D=c.D, Dv=c.Dv, block_size=c.block_size) for c in FITTED
 )
@@ -157,6 +162,11 @@ class TestLowered:
     def test_one_kernel_for_many_queries(self, case: Case) -> None:
         text = _lowered(_kernel(case), *case.operands())
         assert text.count("@mosaic_gpu_v2") == 1
+
+    def test_a_team_has_queries_for_two_tiles(self) -> None:
+        text = _lowered(_kernel(EIGHT), *EIGHT.operands())
+        assert text.count("@mosaic_gpu_v2") == 2
+        assert "ragged_attention_teams" not in text
 
     @pytest.mark.parametrize("Q", [None, 256])
     def test_out_dtype(self, Q: int | None) -> None:

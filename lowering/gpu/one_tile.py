@@ -46,8 +46,9 @@ _BLOCK = WGMMA_ROWS
 
 
 def takes(plan: DerivativePlan) -> bool:
-    """Whether the kernel takes a call."""
-    return not plan.tiles_apart and plan.S % SWIZZLE_ROWS == 0
+    """Whether the kernel takes a call: one tile holds all query rows that share a key head."""
+    one_tile = plan.group == 1 and not plan.tiles_apart
+    return one_tile and plan.S % SWIZZLE_ROWS == 0
 
 
 def run(

@@ -178,6 +178,10 @@ def make_team_plan(
     whole = ceil_to(Q, SWIZZLE_ROWS)
     if Q * G <= WGMMA_ROWS:
         return None  # one tile of the other schedule holds all rows that share a KV head
+    if whole == SWIZZLE_ROWS:
+        # A tile would hold all queries, and the next lie past them. JAX drops dimensions of one
+        # swizzle tile from the places of copies, so the next would write to the first one's place.
+        return None
     if form.narrow:
         return None  # the other schedule's kernel alone widens quantised blocks
 
