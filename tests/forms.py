@@ -367,6 +367,55 @@ WIDE_FORMS = _table(
 )
 
 
+def random_forms(count: int) -> tuple[FormCase, ...]:
+    """Reproducible cases of sizes, windows and forms as callers may have them, for accelerators.
+
+    The tables have the edges that we know of; these look for others.
+    """
+    rng = np.random.default_rng(0)
+    cases: list[FormCase] = []
+    while len(cases) < count:
+        case = _random_form(rng, f"random{len(cases)}")
+        rows = case.B * (case.Q or 1) * case.Hq * case.S
+        small = max(rows, case.B * case.S * case.Hkv * max(case.D, case.Dv)) <= 2**22
+        starts = np.maximum(0 if case.starts is None else case.starts, 0)
+        # Of windows of one position all derivatives but those of value are 0, and rounding errors.
+        if small and (np.minimum(case.lengths, case.S) - starts).max() >= 8:
+            cases.append(case)
+    return tuple(cases)
+
+
+def _random_form(rng: np.random.Generator, name: str) -> FormCase:
+    def one(*values: Any) -> Any:
+        return values[rng.integers(len(values))]
+
+    page = one(None, None, 16, 32, 48, 80, 128, 144, 256)
+    dtype, scale = one(*_DTYPES[:1] * 8, *_DTYPES[1:])
+    form = Form(page, one(*LAYOUTS), dtype, scale, one(*TABLES) if page else "own")
+    S = page * one(1, 2, 5) if page else one(8, 63, 128, 500, 1000)
+    Q = one(None, 1, 2, 3, 5, 8, 16, 33, 63, 64, 65, 100, 128)
+    head_dims = (32, 64, 96, 128, 192, 256) if dtype else (16, 64, 80, 112, 128, 192, 256)
+    D, Hkv = one(*head_dims), one(1, 2, 3, 4, 8, 9, 12, 16)
+    B = one(1, 2, 3, 7, 16, 31, 64, 257, 300)
+    shape = (B,) if Q is None or one(True, False) else (B, Q)
+    if one(True, False):
+        ends = rng.integers(-3, S + 4, shape)
+    else:  # causal
+        ends = rng.integers(0, S + 1, (B, 1)) + np.arange(shape[-1] if len(shape) == 2 else 1)
+        ends = np.minimum(ends, S).reshape(shape)
+    starts = one(None, ends - rng.integers(0, S + 9, shape), ends - one(2, 20, 64))
+
+    def windows(x: Any) -> Any:
+        return tuple(map(tuple, x.tolist())) if x.ndim == 2 else tuple(x.tolist())
+
+    return FormCase(
+        f"{name}-{form}", windows(ends), None if starts is None else windows(starts), Q=Q,
+        Hq=Hkv * one(1, 2, 3, 4, 7, 8, 16), Hkv=Hkv, S=S, D=D, Dv=one(D, D, *head_dims),
+        dtype=one("bfloat16", "bfloat16", "float16"), softmax_scale=one(D**-0.5, -0.3),
+        logits_soft_cap=one(None, None, 3.0), form=form,
+    )  # fmt: skip
+
+
 def columns(case: FormCase) -> tuple[Any, ...]:
     """The properties of a case that a choice of cases covers."""
     form = case.form

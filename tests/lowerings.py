@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jax_ragged
 from cases import Case
-from forms import FORMS, WIDE_FORMS, FormCase, chosen
+from forms import FORMS, WIDE_FORMS, FormCase, chosen, random_forms
 from jax_ragged import (
     RaggedAttention,
     Unsupported,
@@ -295,6 +295,7 @@ _WIDE_SINGLES, _WIDE_PAIRS = chosen(WIDE_FORMS, 1), chosen(WIDE_FORMS, 2)
 _WIDE = (*WIDE_FORMS, *(case for case in FORMS if case.name in _SINGLES))
 # Those for which XLA on CPUs has no product unless the reference prevents it.
 _SWAPPED = [x.name for x in WIDE_FORMS if x.dtype == "bfloat16" and str(x.form).endswith("BHSD")]
+_RANDOM = random_forms(32)
 # The interpreter takes seconds for each.
 _TPU_FORMS = {*_WIDE_PAIRS, *_WIDE_SINGLES, *_SINGLES}
 
@@ -340,8 +341,8 @@ RUNNERS: tuple[Runner, ...] = (
     Gpu(
         "gpu",
         kernel="cuda_kernel",
-        forms=_WIDE,
-        form_derivatives=(*_WIDE_PAIRS, *_SINGLES),
+        forms=(*_WIDE, *_RANDOM),
+        form_derivatives=(*_WIDE_PAIRS, *_SINGLES, *(case.name for case in _RANDOM)),
         default_forms=_WIDE_PAIRS,
     ),
 )
